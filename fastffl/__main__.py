@@ -1,0 +1,5 @@
+"""python -m fastffl"""
+
+from .cli import main
+
+main()

@@ -1,0 +1,386 @@
+"""The command line: verbs, flags, exit codes. It parses and prints; each verb is one call below. Importing it loads no torch."""
+
+import contextlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import cyclopts
+from cyclopts import App, Parameter
+
+from . import __version__
+from .errors import FastFFLError, ThresholdError, UsageError, nearest
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+VERBS = ("train", "evaluate", "export", "recipes", "methods", "models", "doctor")
+app = App(
+    name="fastffl",
+    version=__version__,
+    help="Feature Fusion Learning and its family: train several networks side by side, take home a better one.",
+    help_format="plaintext",
+)
+Sets = Annotated[list[str] | None, Parameter(name="--set", negative="", help="change one value: --set optim.lr=0.05 (repeatable)")]
+Json = Annotated[bool, Parameter(negative="", help="print one JSON document on stdout")]
+
+
+def _say(text: str = "") -> None:
+    print(text, flush=True)
+
+
+def _table(columns: list[str], rows: list[list[str]], right: int = 1) -> None:
+    """Print a table; columns from number `right` on are flush right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from .train.rundir import printable
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for k, column in enumerate(columns):
+        table.add_column(column, justify="right" if k >= right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*[printable(cell).replace("[", r"\[") for cell in row])
+    width = None if sys.stdout.isatty() else 140
+    Console(width=width, highlight=False).print(table)
+
+
+@contextlib.contextmanager
+def _quiet_stdout(on: bool) -> Iterator[None]:
+    """With --json only the document goes to stdout."""
+    with contextlib.redirect_stdout(sys.stderr) if on else contextlib.nullcontext():
+        yield
+
+
+def _recipe(what: str, method: str | None, model: str | None, changes: dict[str, Any], sets: list[str] | None) -> "Recipe":
+    """The recipe a command line describes: a name, a recipe.json, or a folder of images; then the flags, then --set."""
+    from . import recipes
+    from .recipe import change
+
+    if what in recipes.names():
+        recipe = recipes.load(what)
+    elif what.endswith(".json"):
+        recipe = recipes.read(Path(what))
+    elif Path(what).is_dir():
+        recipe = change(recipes.load("folder"), "data.root", what)
+    elif os.sep in what:
+        raise UsageError(f"{what}: there is no such folder; expected a recipe's name, a recipe.json or a folder of class folders")
+    else:
+        raise UsageError(f"no recipe and no folder is called {what!r}{nearest(what, recipes.names())}")
+    if method:
+        recipe = recipes.with_method(recipe, method)
+    if model:
+        recipe = change(recipe, "nets.names", model)
+    for path, value in changes.items():
+        if value is not None:
+            recipe = change(recipe, path, value)
+    for item in sets or []:
+        path, equals, value = item.partition("=")
+        if not equals:
+            raise UsageError(f"--set {item}: expected key=value, for example --set optim.lr=0.05")
+        recipe = change(recipe, path.strip(), value.strip())
+    return recipe
+
+
+@app.command
+def train(
+    recipe: Annotated[str, Parameter(help="a recipe's name (see `fastffl recipes`), a recipe.json, or a folder of images")],
+    *,
+    amp: Annotated[bool, Parameter(negative="", help="mixed precision: bf16 where the device has it, else fp16")] = False,
+    method: Annotated[str | None, Parameter(help="another method at its own defaults (see `fastffl methods`)")] = None,
+    model: Annotated[str | None, Parameter(help="the peers, A,B,... (see `fastffl models`)")] = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    seed: int | None = None,
+    data: Annotated[str | None, Parameter(help="folder of the data set")] = None,
+    out: Annotated[str | None, Parameter(help="run folder; default runs/NAME-NNNN")] = None,
+    resume: Annotated[str, Parameter(help="auto, never, or a run folder to go on from")] = "auto",
+    device: Annotated[str | None, Parameter(help="auto, cpu or cuda")] = None,
+    sets: Sets = None,
+    json: Json = False,
+) -> None:
+    """Train a recipe, or a folder of class folders."""
+    with _quiet_stdout(json):
+        flags = {
+            "amp.enabled": True if amp else None,
+            "sched.epochs": epochs,
+            "data.batch_size": batch_size,
+            "optim.lr": lr,
+            "run.seed": seed,
+            "data.root": data,
+            "run.device": device,
+        }
+        chosen = _recipe(recipe, method, model, flags, sets)
+        from .data import Place, source
+        from .train import Learner, fit
+        from .train.device import plan
+        from .train.progress import Progress
+
+        where = plan(chosen)
+        images = source(chosen.data, Place(where.device, where.memory_format))
+        learner = Learner.build(chosen, len(images.classes), images.channels, images.size)
+        progress = Progress()
+        _introduce(chosen, images, learner, where.text, progress.line)
+        result = fit(learner, images, chosen, out=out, resume=resume, progress=progress, where=where)
+        if not json:
+            _results(result)
+    if json:
+        _say(result.json_text())
+
+
+def _introduce(recipe: "Recipe", images: Any, learner: Any, where: str, line: Any) -> None:
+    """What is about to be trained, in a few lines."""
+    count = sum(p.numel() for p in learner.parameters())
+    shared = "shared stem" if learner.cohort.shared else "separate"
+    names = ", ".join(images.classes[:8]) + (", ..." if len(images.classes) > 8 else "")
+    line(f"recipe {recipe.name}: {recipe.summary}")
+    line(f"method {recipe.method.name}   peers {' + '.join(learner.cohort.names)} ({shared})   {count:,} parameters")
+    line(
+        f"data   {images.name}: {images.samples('train'):,} train, {images.samples('val'):,} val, {images.channels} x "
+        f"{images.size} x {images.size}, {len(images.classes)} classes ({names})"
+    )
+    step = f"batch {recipe.data.batch_size} = 1 rank x {recipe.data.batch_size // recipe.optim.accum} x accum {recipe.optim.accum}"
+    line(f"run    {recipe.sched.epochs} epochs, {step}, lr {recipe.optim.lr:g}, ramp {recipe.sched.ramp} epochs, seed {recipe.run.seed}")
+    line(f"where  {where}")
+
+
+def _results(result: Any) -> None:
+    rows = [
+        [v, r["net"] if r["net"] != v else "", f"{r['last']:.2f}", f"{r['best']:.2f}", str(r["best_epoch"])]
+        for v, r in result.results.items()
+    ]
+    _table(["vote", "net", "top-1 last", "top-1 best", "at epoch"], rows, right=2)
+    skipped = f", {result.skipped} steps skipped as not finite" if result.skipped else ""
+    _say(f"{result.epochs} epochs, {result.steps} steps in {result.seconds:.1f} s, {result.img_s:,.0f} img/s{skipped}")
+    _say(f"digest {result.digest}")
+    _say(f"saved  {result.run}   next: fastffl evaluate {result.run}   fastffl export {result.run} --vote p0")
+
+
+_EXPECT = re.compile(r"^\s*(\w+)\s*>=\s*(\d+(?:\.\d+)?)\s*$")
+
+
+@app.command
+def evaluate(
+    run: Annotated[str, Parameter(help="run folder")],
+    *,
+    split: Literal["train", "val", "test"] = "val",
+    vote: Annotated[str | None, Parameter(help="only this vote")] = None,
+    expect: Annotated[list[str] | None, Parameter(negative="", help="fused>=74.4: exit 3 below it (repeatable)")] = None,
+    checkpoint: Annotated[Literal["last", "best"], Parameter(help="which weights")] = "last",
+    data: Annotated[str | None, Parameter(help="folder of the data set, where it moved")] = None,
+    device: str | None = None,
+    json: Json = False,
+) -> None:
+    """Score a run's votes."""
+    wanted = []
+    for text in expect or []:
+        m = _EXPECT.match(text)
+        if not m:
+            raise UsageError(f"--expect {text}: expected VOTE>=PERCENT, for example fused>=74.4")
+        wanted.append((m[1], float(m[2])))
+    with _quiet_stdout(json):
+        from .evaluation import evaluate as score
+        from .runs import open_run, vote_of
+
+        opened = open_run(run, which=checkpoint, root=data, device=device)
+        for name in [*([vote] if vote else []), *(v for v, _ in wanted)]:
+            vote_of(opened.learner, name)
+        assert opened.data is not None
+        found = score(opened.learner, opened.data, split, opened.recipe.data.eval_batch_size)
+        shown = {v: s for v, s in found.items() if vote in (None, v)}
+        if not json:
+            rows = [[v, f"{s['top1']:.2f}", f"{s['top5']:.2f}", f"{s['nll']:.4f}", str(s["samples"])] for v, s in shown.items()]
+            _table(["vote", "top-1", "top-5", "nll", "samples"], rows)
+    if json:
+        _say(_dumps({"results": shown}))
+    for name, least in wanted:
+        if found[name]["top1"] < least:
+            raise ThresholdError(f"{name} has top-1 {found[name]['top1']:.2f}, expected >= {least:g}")
+
+
+@app.command
+def export(
+    run: Annotated[str, Parameter(help="run folder")],
+    *,
+    vote: Annotated[str, Parameter(help="p0, p1, ... for one plain net; fused, mean, ... for the whole")],
+    format: Literal["safetensors", "torch", "onnx"] = "safetensors",
+    out: Annotated[str | None, Parameter(help="file; default NET-VOTE.safetensors in the run folder")] = None,
+    checkpoint: Literal["last", "best"] = "last",
+    json: Json = False,
+) -> None:
+    """Write one peer as a plain model, or the fused classifier; compared with the trained logits first."""
+    with _quiet_stdout(json):
+        from .exporting import SUFFIX
+        from .exporting import export as write
+        from .runs import open_run
+
+        opened = open_run(run, which=checkpoint, device="cpu", data=False)
+        net = opened.learner.net_of(vote) if re.fullmatch(r"p\d+", vote) and int(vote[1:]) < len(opened.learner.spec.nets) else vote
+        target = Path(out) if out else Path(run) / f"{net}-{vote}{SUFFIX[format]}"
+        cfg = opened.recipe.data
+        facts = {"recipe": opened.recipe.name, "step": str(opened.position["step"])}
+        if cfg.mean and cfg.std:
+            facts |= {"mean": ",".join(map(str, cfg.mean)), "std": ",".join(map(str, cfg.std))}
+        path, off = write(opened.learner, vote, target, format, classes=opened.classes, facts=facts)
+        if not json:
+            _say(f"wrote {path}   {path.stat().st_size / 2**20:.2f} MiB   largest logit difference {off:.1e}")
+    if json:
+        _say(_dumps({"file": str(path), "net": net, "vote": vote, "max_diff": off}))
+
+
+@app.command
+def recipes(name: str | None = None, /, *, json: Json = False) -> None:
+    """List the recipes, or show one with every value."""
+    from . import recipes as known
+
+    found = [known.load(n) for n in ([name] if name else known.names())]
+    if json:
+        papers = {r.method.name: _paper(r.method.name) for r in found}
+        _say(_dumps([{**r.model_dump(mode="json"), "paper": papers[r.method.name]} for r in found]))
+    elif name:
+        r = found[0]
+        _say(f"{r.name}: {r.summary}\nsource: {r.source}\nexpect: {r.expect or 'nothing published'}\n")
+        from .recipe import fields
+
+        for path, value in fields(r.model_dump(mode="json")).items():
+            _say(f"  {path:24} {value}")
+        _say(f"\nrun it: fastffl train {r.name}" + ("" if r.data.name in ("digits", "synthetic") else " --data DIR"))
+    else:
+        rows = [[r.name, r.method.name, ", ".join(r.nets.names), r.summary] for r in found if not r.name.startswith("none-")]
+        _table(["recipe", "method", "peers", "what it is"], rows, right=4)
+        _say("every recipe X has a twin none-X: the same peers, each alone")
+
+
+def _paper(method: str) -> str:
+    from . import methods
+
+    return methods.load(method).paper
+
+
+@app.command
+def methods(name: str | None = None, /, *, json: Json = False) -> None:
+    """List the methods, or show one: its paper, graph and settings."""
+    from . import methods as known
+
+    kinds = [known.load(n) for n in ([name] if name else known.names())]
+    if json:
+        keys = ("name", "paper", "summary", "status", "min_peers", "stem")
+        _say(_dumps([{k: getattr(m, k) for k in keys} for m in kinds]))
+    elif name:
+        from .values import CohortSpec, MapSpec
+
+        m = kinds[0]
+        k = max(2, m.min_peers)
+        stem = MapSpec(32, 16, 16) if m.stem == "shared" or m.share else None
+        spec = CohortSpec(nets=("resnet32",) * k, classes=100, maps=(MapSpec(64, 8, 8),) * k, stem=stem)
+        made = m(m.Config(name=m.name), spec)
+        extra = sum(p.numel() for p in made.parameters())
+        _say(f"{m.name}: {m.summary}\npaper:  {m.paper}\nstatus: {m.status}\nstem:   {m.stem}, peers: {m.min_peers} or more\n")
+        _say(f"graph of {k} peers:\n  " + made.graph.text().replace("\n", "\n  "))
+        _say(f"\nextra parameters while training (2 x resnet32, 100 classes): {extra:,}\nsettings (--set method.KEY=VALUE):")
+        for key, info in m.Config.model_fields.items():
+            if key != "name":
+                _say(f"  {key:16} {info.default!s:8} {info.description or ''}")
+    else:
+        _table(["method", "what it does", "paper"], [[m.name, m.summary, m.paper] for m in kinds], right=3)
+
+
+@app.command
+def models(
+    name: str | None = None,
+    /,
+    *,
+    classes: int = 1000,
+    size: int | None = None,
+    channels: int = 3,
+    json: Json = False,
+) -> None:
+    """List the models, or show one: parameters, multiply-adds, last feature map. `fastffl models resnet*` searches."""
+    import fnmatch
+
+    from . import nets
+
+    if name and not any(c in name for c in "*?["):
+        found = nets.facts(name, classes, channels, size or (32 if nets.ALIASES.get(name, name) in nets.ZOO else 224))
+        if json:
+            _say(_dumps(found._asdict()))
+        else:
+            d, h, w = found.feature
+            _say(f"{found.name} ({found.source})   {found.parameters:,} parameters   {found.macs / 1e6:,.1f} M multiply-adds")
+            _say(f"last feature map {d} x {h} x {w} for a {size or 'default-size'} image, {classes} classes")
+        return
+    import timm
+
+    ours, theirs = list(nets.ZOO), [n for n in timm.list_models() if n not in nets.ZOO]
+    if name:
+        ours, theirs = [n for n in ours if fnmatch.fnmatch(n, name)], [n for n in theirs if fnmatch.fnmatch(n, name)]
+        if not ours and not theirs:
+            raise UsageError(f"no model matches {name!r}")
+    if json:
+        _say(_dumps([{"name": n, "source": "fastffl"} for n in ours] + [{"name": n, "source": "timm"} for n in theirs]))
+    else:
+        _say("fastffl: " + " ".join(ours))
+        shown = " ".join(theirs) if name else f"{len(theirs)} models; search them: fastffl models 'mobilenet*'"
+        _say(f"timm:    {shown}")
+
+
+@app.command
+def doctor(*, json: Json = False) -> int:
+    """Say what is installed, what is missing, and the command that brings it."""
+    from .doctor import report
+
+    parts = report()
+    if json:
+        _say(_dumps({p.part: {"version": p.version, "state": p.state, "fix": p.fix} for p in parts}))
+    else:
+        _table(["part", "version", "state", "what helps"], [list(p) for p in parts], right=4)
+    return 1 if any(p.state == "missing" for p in parts) else 0
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value)
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    from .train.rundir import printable
+
+    print(f"error: {printable(text)}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def _usage(error: cyclopts.CycloptsError, words: list[str]) -> str:
+    """cyclopts' complaint as one sentence with the nearest flag or verb."""
+    verb = next((w for w in words if not w.startswith("-")), "")
+    if isinstance(error, cyclopts.UnknownCommandError) or verb not in VERBS:
+        if verb:
+            return f"no verb is called {verb!r}{nearest(verb, VERBS)}"
+        return f"unknown option {words[0]}; try fastffl --help" if words else "name a verb; try fastffl --help"
+    known = [n for arg in app[verb].assemble_argument_collection() for n in arg.names if n.startswith("--")]
+    if isinstance(error, cyclopts.UnknownOptionError):
+        word = str(error.token.keyword or error.token.value)
+        return f"unknown option {word} for {verb}{nearest(word, known)}"
+    text = " ".join(str(error).split())
+    return f"{text[0].lower()}{text[1:].rstrip('.')}; try fastffl {verb} --help"
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run one command. Exit codes: 0 done, 1 failed, 2 wrong use, 3 threshold missed, 130 and 143 interrupted after saving."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        code = app(words or ["--help"], exit_on_error=False, print_error=False, result_action="return_value")
+    except FastFFLError as error:
+        _fail(str(error), error.exit_code)
+    except cyclopts.CycloptsError as error:
+        _fail(_usage(error, words), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted before training began; nothing was lost", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader of our pipe left; there is no one to tell
+        raise SystemExit(1) from None
+    raise SystemExit(code if isinstance(code, int) else 0)

@@ -1,0 +1,130 @@
+"""resident: a whole data set as uint8 on the device, augmented a batch at a time: pad, random crop, flip, normalise."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import DataError
+from ..recipe import Data
+from ..values import Batch
+from .rng import below, order, uniform_bits
+from .source import Place, held_split, portions
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A data set in memory: images uint8 (N, channels, S, S), labels int64 (N,)."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def check(arrays: Arrays) -> None:
+    """DataError unless images, labels and class names fit each other."""
+    for split, (x, y) in (("train", arrays.train), ("test", arrays.test)):
+        what = f"{arrays.name} {split}"
+        if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[2] != x.shape[3]:
+            raise DataError(f"{what} images are {x.dtype} {tuple(x.shape)}; expected uint8 squares (N, channels, S, S)")
+        if y.shape != x.shape[:1]:
+            raise DataError(f"{what} has {x.shape[0]} images and {y.shape[0]} labels")
+        if not len(y):
+            raise DataError(f"{what} is empty")
+        low, high = int(y.min()), int(y.max())
+        if low < 0 or high >= len(arrays.classes):
+            bad = low if low < 0 else high
+            raise DataError(f"{what} has label {bad}, outside the {len(arrays.classes)} classes 0..{len(arrays.classes) - 1}")
+    if arrays.train[0].shape[1:] != arrays.test[0].shape[1:]:
+        raise DataError(f"{arrays.name} train and test images differ in shape")
+
+
+def crop_flip(x: Tensor, at: Tensor, top: Tensor, left: Tensor, flip: Tensor, side: int) -> Tensor:
+    """Cut one window of `side` x `side` from each image x[at], mirrored where `flip`.
+
+    x (N, D, P, P) uint8, contiguous or channels_last; at, top, left (B,) int64, flip (B,) bool -> (B, D, side, side) uint8
+    in the layout of x. One copy of the images, one gather of the pixels.
+    """
+    n, d, p, _ = x.shape
+    span = torch.arange(side, device=x.device)
+    columns = torch.where(flip[:, None], side - 1 - span, span) + left[:, None]
+    pixels = ((top[:, None] + span) * p)[:, :, None] + columns[:, None, :]
+    flat = pixels.view(len(at), -1)
+    if x.is_contiguous():
+        cut = x.view(n, d, p * p).index_select(0, at).gather(2, flat[:, None].expand(-1, d, -1))
+        return cut.view(-1, d, side, side)
+    nhwc = x.permute(0, 2, 3, 1)
+    assert nhwc.is_contiguous()
+    cut = nhwc.reshape(n, p * p, d).index_select(0, at).gather(1, flat[:, :, None].expand(-1, -1, d))
+    return cut.view(-1, side, side, d).permute(0, 3, 1, 2)
+
+
+class Resident:
+    """A Source over arrays that fit the device. Memory: images padded once, uint8, plus the test set."""
+
+    def __init__(self, arrays: Arrays, cfg: Data, place: Place):
+        check(arrays)
+        self.name, self.classes = arrays.name, arrays.classes
+        x, y = arrays.train
+        self.channels, self.size = x.shape[1], x.shape[2]
+        if cfg.pad_mode == "reflect" and cfg.pad >= self.size:
+            raise DataError(f"data.pad {cfg.pad} can't reflect images of {self.size} pixels; use --set data.pad_mode=zero")
+        if cfg.size not in (None, self.size):
+            raise DataError(f"data.size {cfg.size}: {self.name} images are {self.size} pixels; leave data.size out")
+        self.mean, self.std = cfg.mean or arrays.mean, cfg.std or arrays.std
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise DataError(f"data.mean and data.std have {len(self.mean)} and {len(self.std)} values for {self.channels} channels")
+        used, held = portions(y, cfg.train_fraction, cfg.val_fraction)
+        self._cfg, self._place = cfg, place
+
+        def put(images: Tensor, pad: int = 0) -> Tensor:
+            if pad:  # reflection is not defined for uint8: padded as fp16, which holds 0..255 exactly
+                mode = "reflect" if cfg.pad_mode == "reflect" else "constant"
+                parts = [F.pad(part.half(), (pad,) * 4, mode).to(torch.uint8) for part in images.split(5000)]
+                images = torch.cat(parts)
+            return images.to(place.device).contiguous(memory_format=place.memory_format)
+
+        self._x = {"train": put(x[used], cfg.pad), "test": put(arrays.test[0])}
+        self._y = {"train": y[used].to(place.device), "test": arrays.test[1].to(place.device)}
+        if len(held):
+            self._x["val"], self._y["val"] = put(x[held]), y[held].to(place.device)
+        shape = (1, self.channels, 1, 1)
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        self._scale = (1 / (255 * std)).view(shape).to(place.device)
+        self._shift = (-mean / std).view(shape).to(place.device)
+
+    def samples(self, split: str) -> int:
+        return len(self._y[held_split(split, "val" in self._y)])
+
+    def _normal(self, x: Tensor) -> Tensor:
+        return x.to(torch.float32).mul_(self._scale).add_(self._shift)
+
+    def train(self, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
+        x, y = self._x["train"], self._y["train"]
+        ids = order(seed, epoch, len(y)).to(x.device)
+        for at in ids.split(batch_size)[start:]:
+            yield self.augment(x, at, y[at], seed, epoch)
+
+    def augment(self, x: Tensor, at: Tensor, y: Tensor, seed: int, epoch: int) -> Batch:
+        """One training batch: the images `at`, cropped and flipped by what (seed, epoch, id) says."""
+        span = 2 * self._cfg.pad + 1
+        top = below(uniform_bits(seed, epoch, at, 0), span)
+        left = below(uniform_bits(seed, epoch, at, 1), span)
+        flip = uniform_bits(seed, epoch, at, 2) < 2**31 if self._cfg.flip else torch.zeros_like(at, dtype=torch.bool)
+        return Batch(self._normal(crop_flip(x, at, top, left, flip, self.size)), y, at)
+
+    def evaluate(self, split: str, batch_size: int) -> Iterator[Batch]:
+        """Every sample of `split` once, in order, not augmented. The training set is given as it is, without its padding."""
+        split = held_split(split, "val" in self._y)
+        x, y = self._x[split], self._y[split]
+        if split == "train":
+            p = self._cfg.pad
+            x = x[:, :, p : p + self.size, p : p + self.size]
+        for at in torch.arange(len(y), device=y.device).split(batch_size):
+            images = x[at].contiguous(memory_format=self._place.memory_format)
+            yield Batch(self._normal(images), y[at], at)

@@ -1,0 +1,81 @@
+"""Where batches come from: the Source protocol, and the rule that picks one for a recipe."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from ..recipe import Data
+from ..values import Batch
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where batches are to lie."""
+
+    device: torch.device = torch.device("cpu")
+    memory_format: torch.memory_format = torch.contiguous_format
+
+
+class Source(Protocol):
+    """Images of one data set, already on the device and normalised.
+
+    Exact accounting: `train` gives every training sample once per epoch (the last batch is short), `evaluate` every
+    sample of its split once. Order and augmentation are pure functions of (seed, epoch, sample id), so `start` batches
+    can be skipped at no cost and without a trace.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    channels: int
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def samples(self, split: str) -> int: ...
+
+    def train(self, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]: ...
+
+    def evaluate(self, split: str, batch_size: int) -> Iterator[Batch]: ...
+
+
+def held_split(split: str, has_val: bool) -> str:
+    """`val` is the test set where no validation images are held out."""
+    if split not in SPLITS:
+        raise DataError(f"no split is called {split!r}; expected {', '.join(SPLITS)}")
+    return "test" if split == "val" and not has_val else split
+
+
+def portions(labels: Tensor, train_fraction: float, val_fraction: float) -> tuple[Tensor, Tensor]:
+    """Indices of the used training samples and of those held out, the same shares of every class, (n,) int64 each.
+
+    Which samples these are depends on nothing but the labels: it is part of the data, not of a run's seed.
+    """
+    train, val = [], []
+    for c in labels.unique(sorted=True).tolist():
+        ids = (labels == c).nonzero()[:, 0]
+        ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(c))]
+        held = round(val_fraction * len(ids))
+        used = max(1, round(train_fraction * (len(ids) - held)))
+        val.append(ids[:held])
+        train.append(ids[held : held + used])
+    return torch.cat(train).sort().values, torch.cat(val).sort().values
+
+
+def source(cfg: Data, place: Place | None = None) -> Source:
+    """The source a recipe's data section describes. DataError says what was looked for, where, and what helps."""
+    from . import archives, digits, folder, resident, synthetic
+
+    place = place or Place()
+    if cfg.name == "synthetic" or cfg.loader == "synthetic":
+        return resident.Resident(synthetic.arrays(cfg), cfg, place)
+    if cfg.name == "digits":
+        return resident.Resident(digits.arrays(), cfg, place)
+    if cfg.name == "folder":
+        return folder.Folder(cfg, place)
+    return resident.Resident(archives.cifar(cfg.name, cfg.root), cfg, place)

@@ -1,0 +1,97 @@
+"""Feature fusion: K last feature maps in, the fused classifier's logits out.
+
+    F = concat_ch(align(F_k))      A = ReLU(BN(DW3x3(F)))      F_f = ReLU(BN(PW1x1(A)))      u = fc(GAP(F_f))
+
+Kim et al., Feature Fusion Learning (arXiv 1904.09058), as in the official code, for K >= 2 and any widths.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..values import MapSpec
+
+Align = Literal["auto", "none", "adaptive_avg", "interpolate", "conv"]
+ALIGNMENTS = get_args(Align)
+
+
+class AlignMaps(nn.Module):
+    """Bring K maps to the smallest height and width among them, (B, D_k, H_k, W_k) -> (B, D_k, H, W).
+
+    auto          adaptive_avg where the sizes differ, nothing where they are equal
+    none          refuse unequal sizes
+    adaptive_avg  average pooling          interpolate  bilinear          conv  strided 3x3 + BN + ReLU, then average
+    """
+
+    def __init__(self, maps: Sequence[MapSpec], how: Align):
+        super().__init__()
+        self.size = (min(m.height for m in maps), min(m.width for m in maps))
+        self.differ = tuple((m.height, m.width) != self.size for m in maps)
+        if any(self.differ) and how == "none":
+            sizes = ", ".join(f"{m.height}x{m.width}" for m in maps)
+            raise UsageError(f"the peers' maps are {sizes}; --set method.align=adaptive_avg brings them to one size")
+        self.how = how
+        convs = []
+        for m, d in zip(maps, self.differ, strict=True):
+            if how == "conv" and d:
+                stride = max(1, m.height // self.size[0])
+                conv = nn.Conv2d(m.channels, m.channels, 3, stride, 1, bias=False)
+                convs.append(nn.Sequential(conv, nn.BatchNorm2d(m.channels), nn.ReLU()))
+            else:
+                convs.append(nn.Sequential())
+        self.convs = nn.ModuleList(convs)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        out = []
+        for f, differs, conv in zip(maps, self.differ, self.convs, strict=True):
+            if differs and self.how == "interpolate":
+                f = F.interpolate(f, self.size, mode="bilinear", align_corners=False, antialias=True)
+            elif differs:
+                f = F.adaptive_avg_pool2d(conv(f), self.size)
+            out.append(f)
+        return out
+
+
+class ConvFusion(nn.Module):
+    """The paper's fusion module. `width` is the fused map's channels; None: the widest peer's. Parameters at K = 2,
+    64 channels, 100 classes: 16,228."""
+
+    def __init__(self, maps: Sequence[MapSpec], classes: int, width: int | None = None, align: Align = "auto"):
+        super().__init__()
+        d = sum(m.channels for m in maps)
+        width = width or max(m.channels for m in maps)
+        self.align = AlignMaps(maps, align)
+        self.dw = nn.Conv2d(d, d, 3, 1, 1, groups=d, bias=False)
+        self.bn1 = nn.BatchNorm2d(d)
+        self.pw = nn.Conv2d(d, width, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.fc = nn.Linear(width, classes)
+        for part in self.modules():
+            if isinstance(part, nn.Conv2d):  # N(0, sqrt(2 / (k k C_out))), the depthwise conv with C_out = all channels
+                nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        f = torch.cat(self.align(maps), 1)
+        a = F.relu(self.bn1(self.dw(f)), inplace=True)
+        f = F.relu(self.bn2(self.pw(a)), inplace=True)
+        return self.fc(f.mean((2, 3)))
+
+
+class MeanFusion(nn.Module):
+    """The plain fusion of the ablation (FFL slides, cases B and D; DualNet): average of equal maps, one classifier."""
+
+    def __init__(self, maps: Sequence[MapSpec], classes: int, align: Align = "auto"):
+        super().__init__()
+        widths = [m.channels for m in maps]
+        if len(set(widths)) > 1:
+            raise UsageError(f"method.fusion=mean averages maps of equal width, these have {widths}; use method.fusion=dwpw")
+        self.align = AlignMaps(maps, align)
+        self.fc = nn.Linear(widths[0], classes)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        aligned = self.align(maps)
+        return self.fc(sum(aligned[1:], aligned[0]).mean((2, 3)) / len(aligned))

@@ -1,0 +1,70 @@
+"""CIFAR ResNet-6m+2 of basic blocks (He et al. 2016, section 4.2), as the official FFL code builds it.
+
+3x3 stem of 16, three stages of m blocks at 16/32/64 channels, 1x1-conv + BN shortcut where the shape changes.
+"resnet110" is the basic-block net (1.74 M parameters at 100 classes), not the bottleneck nets other papers call so.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """conv-BN-ReLU-conv-BN + shortcut, ReLU."""
+
+    def __init__(self, d_in: int, d: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(d_in, d, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(d)
+        self.conv2 = nn.Conv2d(d, d, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(d)
+        self.downsample = None
+        if stride != 1 or d_in != d:
+            self.downsample = nn.Sequential(nn.Conv2d(d_in, d, 1, stride, bias=False), nn.BatchNorm2d(d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        h = self.bn2(self.conv2(h))
+        h = h + (x if self.downsample is None else self.downsample(x))
+        return F.relu(h, inplace=True)
+
+
+class ResNet(nn.Module):
+    """(B, channels, S, S) -> (B, classes). The last feature map is (B, 64, S/4, S/4), after its ReLU."""
+
+    stem_parts = ("conv1", "bn1", "layer1", "layer2")  # what peers of one architecture share (FFL, ONE)
+
+    def __init__(self, depth: int, classes: int, channels: int = 3):
+        super().__init__()
+        m, rest = divmod(depth - 2, 6)
+        if rest or m < 1:
+            raise ValueError(f"resnet depth {depth}: expected 6m+2, for example 20, 32, 56, 110")
+        self.conv1 = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = self._stage(16, 16, m, 1)
+        self.layer2 = self._stage(16, 32, m, 2)
+        self.layer3 = self._stage(32, 64, m, 2)
+        self.fc = nn.Linear(64, classes)
+        init_convs(self)
+
+    @staticmethod
+    def _stage(d_in: int, d: int, m: int, stride: int) -> nn.Sequential:
+        return nn.Sequential(Block(d_in, d, stride), *[Block(d, d, 1) for _ in range(m - 1)])
+
+    def stem(self, x: Tensor) -> Tensor:
+        return self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x)), inplace=True)))
+
+    def tail(self, h: Tensor) -> Tensor:
+        return self.layer3(h)
+
+    def classify(self, f: Tensor) -> Tensor:
+        return self.fc(f.mean((2, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classify(self.tail(self.stem(x)))
+
+
+def init_convs(net: nn.Module) -> None:
+    """Every conv N(0, sqrt(2 / (k k C_out))), BN 1 and 0, Linear as torch has it: the initialisation of FFL and ONE."""
+    for part in net.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")

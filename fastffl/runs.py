@@ -1,0 +1,72 @@
+"""Open a finished or unfinished run folder again: its recipe, data, learner and weights."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from . import recipes
+from .data import Place, Source, source
+from .errors import CheckpointError, UsageError
+from .recipe import Recipe, change
+from .train import Learner, Plan, checkpoint
+from .train.device import plan
+
+
+class OpenRun(NamedTuple):
+    recipe: Recipe
+    data: Source | None
+    learner: Learner
+    where: Plan
+    position: dict[str, int]
+    classes: list[str]
+
+
+def open_run(path: str, *, which: str = "last", root: str | None = None, device: str | None = None, data: bool = True) -> OpenRun:
+    """The run in folder `path` with the weights of its `last` or `best` checkpoint (the moving average where it has one).
+
+    root    where its data lies now, None: where it lay          data    whether the data set is opened too
+    """
+    run = Path(path)
+    if not (run / "recipe.json").is_file():
+        raise UsageError(f"{path} is no run folder: there is no recipe.json in it; expected what `fastffl train` printed as run")
+    recipe = recipes.read(run / "recipe.json")
+    if root:
+        recipe = change(recipe, "data.root", root)
+    if device:
+        recipe = change(recipe, "run.device", device)
+    where = plan(recipe)
+    state: dict[str, Any] | None = checkpoint.newest(run / which, where.device)
+    if state is None:
+        raise CheckpointError(f"{path} holds no {which} checkpoint yet; train it first")
+    classes = state["classes"]
+    opened = None
+    if data:
+        opened = source(recipe.data, Place(where.device, where.memory_format))
+        if list(opened.classes) != classes:
+            raise CheckpointError(f"{path} was trained on other classes than those of {opened.name}; give its data with --data DIR")
+    channels, size = state["shape"]
+    weightless = change(recipe, "nets.pretrained", False)
+    learner = Learner.build(weightless, len(classes), channels, size)
+    weights = state["average"]["model"] if recipe.ema.decay else state["learner"]
+    try:
+        learner.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: its weights do not fit its recipe: {str(error).splitlines()[0]}") from None
+    learner.amp_dtype = where.dtype
+    learner.to(where.device)
+    for module in (learner.cohort, learner.method):
+        module.to(memory_format=where.memory_format)  # type: ignore[call-overload]
+    return OpenRun(recipe, opened, learner.eval(), where, state["position"], classes)
+
+
+def vote_of(learner: Learner, vote: str) -> str:
+    """`vote` if the learner has it. UsageError with the votes it has."""
+    if vote not in learner.graph.scored:
+        raise UsageError(f"no vote is called {vote!r}; this run has {', '.join(learner.graph.scored)}")
+    return vote
+
+
+def same_logits(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest absolute difference of two sets of logits."""
+    return float((a - b).abs().max()) if a.numel() else 0.0

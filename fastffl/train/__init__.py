@@ -1,0 +1,117 @@
+"""Training: `fit(learner, data, ...)` is what the command line calls."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .. import methods
+from ..data import Source
+from ..errors import CheckpointError, UsageError
+from ..recipe import Amp, Data, Nets, Optim, Recipe, Run, Sched, change, differences
+from . import checkpoint
+from .device import Plan as Plan
+from .device import plan
+from .learner import Learner as Learner
+from .loop import Result as Result
+from .loop import Trainer, seed_all
+from .progress import Progress
+from .rundir import RunDir, environment, fresh, numbered
+
+
+def fit(
+    learner: Learner,
+    data: Source,
+    recipe: Recipe | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: str = "auto",
+    progress: Progress | None = None,
+    where: Plan | None = None,
+    **changes: Any,
+) -> Result:
+    """Train `learner` on `data`, in place, and return the Result.
+
+        fit(learner, data, epochs=30, lr=0.05, amp=True, out="runs/parts")
+
+    recipe    everything that is not said here; None: SGD, cosine, 30 epochs, batch 128
+    out       run folder; None: runs/NAME-NNNN, the next free number
+    resume    "auto" goes on where `out` holds a checkpoint (or where the newest unfinished run of the same recipe
+              stopped), "never" starts anew, a path goes on from that run's checkpoint
+    changes   epochs, batch_size, lr, seed, amp, and any dotted recipe path with `__` for the dot: optim__clip=5.0
+    FastFFLError says what could not be used; Interrupted means SIGINT or SIGTERM arrived and everything is saved.
+    """
+    recipe = recipe or recipe_of(learner, data)
+    short = {"epochs": "sched.epochs", "batch_size": "data.batch_size", "lr": "optim.lr", "seed": "run.seed", "amp": "amp.enabled"}
+    for key, value in changes.items():
+        recipe = change(recipe, short.get(key, key.replace("__", ".")), value)
+    where = where or plan(recipe)
+    progress = progress or Progress()
+    path, source_dir = _folders(recipe, out, resume)
+    run = RunDir(path)
+    try:
+        trainer = Trainer(recipe, learner, data, where, run, progress)
+        if resume == "never" and checkpoint.newest(run.last) is not None:
+            raise UsageError(f"{path} already holds a run; --resume never needs a folder without one: choose another --out")
+        state = None if resume == "never" else checkpoint.newest(source_dir, where.device, progress.line)
+        if state is None and source_dir != run.last:
+            raise CheckpointError(f"--resume {resume}: there is no checkpoint in {source_dir}")
+        if state is not None:
+            trainer.load(state)
+            progress.line(f"resumed at epoch {trainer.epoch + 1}, step {trainer.count} of {path}")
+        else:
+            seed_all(recipe.run.seed)
+        if state is not None and source_dir == run.last:
+            run.trim(trainer.count)
+        else:
+            run.begin(recipe, environment())
+        return trainer.fit()
+    finally:
+        run.close()
+
+
+def recipe_of(learner: Learner, data: Source) -> Recipe:
+    """The recipe of a run that is described in Python: the learner's nets and method, sensible values for the rest."""
+    return Recipe(
+        name=data.name if data.name == "custom" else f"my-{data.name}",
+        summary="built from Python",
+        data=Data(name="custom", size=data.size),
+        nets=Nets(names=learner.cohort.names, share_stem=learner.cohort.shared, pretrained=learner.pretrained),
+        method=methods.load(learner.config.name).Config.model_validate(learner.config.model_dump()),
+        optim=Optim(),
+        sched=Sched(name="cosine", epochs=30, warmup_epochs=1),
+        amp=Amp(),
+        run=Run(),
+    )
+
+
+def _folders(recipe: Recipe, out: str | Path | None, resume: str) -> tuple[Path, Path]:
+    """The run folder, and the folder of checkpoints to go on from."""
+    if resume not in ("auto", "never"):
+        base = Path(resume)
+        source = base if base.name in ("last", "best") else base / "last"
+        if not source.is_dir():
+            raise CheckpointError(f"--resume {resume}: there is no run there; expected a run folder, auto or never")
+        return (Path(out) if out else source.parent), source
+    if out:
+        return Path(out), Path(out) / "last"
+    parent = Path("runs")
+    if resume == "auto":
+        for old in reversed(numbered(parent, recipe.name)):
+            if unfinished(old, recipe):
+                return old, old / "last"
+            break  # only the newest: an older one was left on purpose
+    path = fresh(parent, recipe.name)
+    return path, path / "last"
+
+
+def unfinished(run: Path, recipe: Recipe) -> bool:
+    """Whether `run` is of this very recipe and stopped before its last epoch."""
+    try:
+        stored = json.loads((run / "recipe.json").read_text())
+        state = checkpoint.newest(run / "last")
+    except (OSError, ValueError, CheckpointError):
+        return False
+    if state is None or stored.get("name") != recipe.name or differences(stored, recipe):
+        return False
+    at, limit = state["position"], recipe.run.max_steps
+    return int(at["epoch"]) < recipe.sched.epochs and (limit is None or int(at["step"]) < limit)

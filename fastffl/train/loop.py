@@ -1,0 +1,338 @@
+"""Trainer: epochs, evaluation, checkpoints, signals. One loop for every method, data set and device."""
+
+import json
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data import Source
+from ..data.rng import mix
+from ..errors import CheckpointError, DataError, DiskError, Interrupted
+from ..evaluation import evaluate
+from ..recipe import Recipe, differences
+from ..values import Batch
+from . import checkpoint, optim, schedule
+from .device import Plan
+from .learner import Learner
+from .progress import Progress
+from .rundir import RunDir
+from .signals import Stopper
+from .step import Step
+
+TRAINED = ("learner", "optimizer", "scaler", "average", "meters", "skips", "position", "last", "best", "rng")
+DISK_TRIES = 3  # failed saves in a row before training stops
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave. `results` holds last and best top-1 (%) and best_epoch (1-based) of every vote."""
+
+    run: str
+    recipe: str
+    method: str
+    seed: int
+    device: str
+    epochs: int
+    steps: int
+    seconds: float
+    img_s: float
+    data_wait: float
+    results: dict[str, dict[str, Any]]
+    digest: str
+    skipped: int
+
+    def json_text(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def rng_state() -> dict[str, Any]:
+    """Every random-number state a resumed run needs, as tensors and scalars."""
+    kind, keys, at, has, cached = np.random.get_state(legacy=True)
+    assert kind == "MT19937"
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": torch.tensor(random.getstate()[1], dtype=torch.int64),
+        "python_gauss": random.getstate()[2],
+        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+        "numpy_rest": [int(at), int(has), float(cached)],
+    }
+
+
+def seed_all(seed: int) -> None:
+    """Start every generator of a new run from one seed."""
+    torch.manual_seed(mix(seed, 1))
+    random.seed(mix(seed, 2))
+    np.random.seed(mix(seed, 3) & 0xFFFFFFFF)
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    random.setstate((3, tuple(state["python"].tolist()), state["python_gauss"]))
+    at, has, cached = state["numpy_rest"]
+    np.random.set_state(("MT19937", state["numpy"].cpu().numpy().astype(np.uint32), at, has, cached))
+
+
+class Trainer:
+    """Trains `learner` on `data` by `recipe`, writing to `run`. `fit` returns the Result or raises what stopped it."""
+
+    def __init__(self, recipe: Recipe, learner: Learner, data: Source, plan: Plan, run: RunDir, progress: Progress):
+        self.recipe, self.learner, self.data, self.plan = recipe, learner, data, plan
+        self.run, self.progress = run, progress
+        learner.amp_dtype = plan.dtype
+        learner.to(plan.device)
+        for module in (learner.cohort, learner.method):
+            module.to(memory_format=plan.memory_format)  # type: ignore[call-overload]
+        self.optimizer = optim.build(learner, recipe.optim)
+        self.step = Step(learner, self.optimizer, recipe, plan.device)
+        self.batch_size = recipe.data.batch_size
+        self.steps = -(-data.samples("train") // self.batch_size)  # per epoch, the short last batch included
+        self.epoch, self.batch, self.count = 0, 0, 0  # position: the next batch, and optimizer steps done
+        self.last: dict[str, float] = {}
+        self.best: dict[str, dict[str, Any]] = {}
+        self.seconds, self.wait, self.images = 0.0, 0.0, 0
+        self.early: dict[str, float] = {}  # scores where run.max_steps ended the run inside an epoch
+        self.saved_at = -1
+        self.disk_failures = 0
+        self.ships = learner.graph.votes[0]
+
+    # ---- state
+
+    def state(self) -> dict[str, Any]:
+        return {
+            **self.step.state(),
+            "position": {"epoch": self.epoch, "batch": self.batch, "step": self.count},
+            "last": dict(self.last),
+            "best": {v: dict(b) for v, b in self.best.items()},
+            "rng": rng_state(),
+            "recipe": self.recipe.json_text(),
+            "classes": list(self.data.classes),
+            "shape": [self.data.channels, self.data.size],
+            "time": {"seconds": self.seconds, "wait": self.wait, "images": self.images},
+        }
+
+    def digest(self) -> str:
+        """One SHA-256 over everything trained: equal for an interrupted and resumed run and for the uninterrupted one."""
+        state = self.state()
+        return checkpoint.digest({k: state[k] for k in TRAINED})
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint. CheckpointError where it belongs to another recipe, data set or learner."""
+        old = json.loads(state["recipe"])
+        changed = differences(old, self.recipe)
+        if old.get("name") != self.recipe.name and not changed:
+            changed = [f"recipe {old.get('name')} -> {self.recipe.name}"]
+        if changed:
+            shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
+            raise CheckpointError(
+                f"{self.run.path} was trained with other settings ({shown}); give the same, or begin anew with another --out"
+            )
+        if state["classes"] != list(self.data.classes):
+            raise CheckpointError(
+                f"{self.run.path} was trained on {len(state['classes'])} other classes than the {len(self.data.classes)} of "
+                f"{self.data.name}; give the data it was trained on"
+            )
+        try:
+            self.step.load(state)
+        except (RuntimeError, ValueError, KeyError) as error:
+            why = str(error).splitlines()[0]
+            raise CheckpointError(f"{self.run.path} does not hold this learner's state: {why}") from None
+        at = state["position"]
+        self.epoch, self.batch, self.count = at["epoch"], at["batch"], at["step"]
+        self.last, self.best = state["last"], state["best"]
+        t = state["time"]
+        self.seconds, self.wait, self.images = t["seconds"], t["wait"], t["images"]
+        set_rng_state(state["rng"])
+        self.saved_at = self.count
+
+    def save(self, folder: Path, must: bool = False) -> None:
+        """Checkpoint; a failing disk is reported and training goes on, unless it `must` or failed too often."""
+        state = self.state()
+        facts = {"epoch": self.epoch, "digest": checkpoint.digest({k: state[k] for k in TRAINED})}
+        try:
+            checkpoint.save(folder, state, self.count, facts, keep=1 if folder == self.run.best else checkpoint.KEEP)
+        except DiskError as error:
+            self.disk_failures += 1
+            if must or self.disk_failures >= DISK_TRIES:
+                raise
+            self.progress.line(f"warning: {error}; training goes on (failure {self.disk_failures} of {DISK_TRIES})")
+        else:
+            self.disk_failures = 0
+            if folder == self.run.last:
+                self.saved_at = self.count
+
+    # ---- training
+
+    def fit(self) -> Result:
+        """Train from the present position to the end. Interrupted after SIGINT or SIGTERM, with everything saved."""
+        skipped = 0
+        self.progress.begin(self.steps * self.recipe.sched.epochs, self.count)
+        try:
+            with Stopper() as stop:
+                while self.epoch < self.recipe.sched.epochs and not self._enough():
+                    skipped = self._epoch(stop)
+        except DataError:
+            if self.count != self.saved_at:  # a damaged image must not cost the steps before it
+                self.save(self.run.last)
+            raise
+        finally:
+            self.progress.end()
+        if self.count != self.saved_at or not self.last:
+            self._finish_early()
+        return self._result(skipped)
+
+    def _enough(self) -> bool:
+        limit = self.recipe.run.max_steps
+        return limit is not None and self.count >= limit
+
+    def _stop(self, stop: Stopper) -> None:
+        """Save and raise Interrupted if a signal came."""
+        if stop.signum:
+            self.save(self.run.last, must=True)
+            name = {2: "SIGINT", 15: "SIGTERM"}[stop.signum]
+            where = f"epoch {self.epoch + 1}, step {self.count}"
+            raise Interrupted(f"{name}: saved at {where}; the same command goes on from {self.run.path}", stop.signum)
+
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, with the time spent waiting for each added to `wait`."""
+        while True:
+            begin = time.perf_counter()
+            batch = next(batches, None)
+            self.wait += time.perf_counter() - begin
+            if batch is None:
+                return
+            yield batch
+
+    def _epoch(self, stop: Stopper) -> int:
+        """The rest of the epoch at `self.epoch`, its evaluation, row and checkpoint. Steps skipped so far."""
+        sched, run = self.recipe.sched, self.recipe.run
+        w = schedule.ramp(self.epoch, sched.ramp)
+        self.step.ramp(w)
+        self.learner.train()
+        self.progress.epoch(f"epoch {self.epoch + 1}/{sched.epochs}")
+        begin, wait, images = time.perf_counter(), self.wait, self.images
+        seconds = self.seconds
+
+        def tick() -> None:
+            self.seconds = seconds + time.perf_counter() - begin
+
+        for batch in self._timed(self.data.train(self.batch_size, run.seed, self.epoch, self.batch)):
+            self.step.rate(schedule.rate(sched, self.recipe.optim, self.epoch, self.batch, self.steps))
+            self.step(self._put(batch))
+            self.batch += 1
+            self.count += 1
+            self.images += len(batch.y)
+            self.progress.step(self.count)
+            if self.count % run.log_every == 0:
+                self.step.check()
+                tick()
+                rate = (self.images - images) / (self.seconds - seconds)
+                share = (self.wait - wait) / (self.seconds - seconds)
+                self.progress.figures(self.step.meters.read()["loss"], rate, share)
+            if stop.signum or self._enough():
+                tick()
+                self.step.check()
+                self._stop(stop)
+                if self.batch < self.steps:
+                    return self.step.check()
+                break
+        if self.batch != self.steps:
+            raise DataError(f"{self.data.name} gave {self.batch} of {self.steps} batches in epoch {self.epoch + 1}")
+        skipped = self.step.check()
+        tick()
+        spent = max(self.seconds - seconds, 1e-9)
+        row = {
+            "epoch": self.epoch + 1,
+            "step": self.count,
+            "lr": schedule.rate(sched, self.recipe.optim, self.epoch, self.steps - 1, self.steps),
+            "ramp": w,
+            **self.step.meters.read(),
+            "img_s": (self.images - images) / spent,
+            "data_wait": (self.wait - wait) / spent,
+            "seconds": self.seconds,
+            "skipped": skipped,
+        }
+        final = self.epoch + 1 == sched.epochs
+        better = False
+        if final or (self.epoch + 1) % run.eval_every == 0:
+            row["val"], better = self._evaluate(stop)
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.step.meters.clear()
+        self.run.row(row)
+        self._tell(row)
+        if better:
+            self.save(self.run.best)
+        if final or self.epoch % run.save_every == 0:
+            self.save(self.run.last, must=final)
+        self._stop(stop)
+        return skipped
+
+    def _put(self, batch: Batch) -> Batch:
+        x = batch.x.to(self.plan.device, memory_format=self.plan.memory_format, non_blocking=True)
+        return Batch(x, batch.y.to(self.plan.device, non_blocking=True), batch.id)
+
+    def _score(self, stop: Stopper) -> dict[str, dict[str, Any]]:
+        model = self.step.average.model if self.step.average else self.learner
+        model.amp_dtype = self.plan.dtype
+        return evaluate(model, self.data, "val", self.recipe.data.eval_batch_size, lambda: self._stop(stop))
+
+    def _evaluate(self, stop: Stopper) -> tuple[dict[str, dict[str, Any]], bool]:
+        """Score every vote after an epoch; whether the shipped one is better than ever."""
+        scored = self._score(stop)
+        better = False
+        for vote, score in scored.items():
+            self.last[vote] = score["top1"]
+            if vote not in self.best or score["top1"] > self.best[vote]["top1"]:
+                self.best[vote] = {"top1": score["top1"], "epoch": self.epoch + 1}
+                better = better or vote == self.ships
+        return scored, better
+
+    def _finish_early(self) -> None:
+        """After `run.max_steps`: save, then score for the result only, so that going on later stays exact."""
+        self.save(self.run.last, must=True)
+        with Stopper() as stop:
+            scored = self._score(stop)
+        self.run.row({"epoch": self.epoch + 1, "step": self.count, "val": scored, "stopped_early": True})
+        self.early = {v: score["top1"] for v, score in scored.items()}
+
+    def _tell(self, row: dict[str, Any]) -> None:
+        scored = "  ".join(f"{v} {s['top1']:.2f}" for v, s in row.get("val", {}).items())
+        skipped = f"  skipped {row['skipped']}" if row["skipped"] else ""
+        text = (
+            f"epoch {row['epoch']}/{self.recipe.sched.epochs}  loss {row['loss']:.3f}  lr {row['lr']:.4g}  {scored}  "
+            f"{row['img_s']:,.0f} img/s  data {100 * row['data_wait']:.1f} %{skipped}"
+        )
+        self.progress.line(text)
+        self.run.log(text)
+
+    def _result(self, skipped: int) -> Result:
+        results = {}
+        for v, last in (self.early or self.last).items():
+            best = max(self.best.get(v, {}).get("top1", 0.0), last)
+            at = self.best[v]["epoch"] if v in self.best and self.best[v]["top1"] >= last else self.epoch + 1
+            net = self.learner.net_of(v)
+            results[v] = {"net": net, "last": round(last, 4), "best": round(best, 4), "best_epoch": at}
+        spent = max(self.seconds, 1e-9)
+        return Result(
+            run=str(self.run.path),
+            recipe=self.recipe.name,
+            method=self.recipe.method.name,
+            seed=self.recipe.run.seed,
+            device=self.plan.device.type,
+            epochs=self.epoch,
+            steps=self.count,
+            seconds=round(self.seconds, 2),
+            img_s=round(self.images / spent, 1),
+            data_wait=round(self.wait / spent, 4),
+            results=results,
+            digest=self.digest(),
+            skipped=skipped,
+        )

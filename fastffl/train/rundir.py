@@ -1,0 +1,120 @@
+"""The run folder: recipe.json, environment.json, rows.jsonl, log.txt, last/ and best/. Nothing in it is an absolute path."""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+from ..errors import DiskError, UsageError
+from ..recipe import Recipe
+from .checkpoint import write_file
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Text with control and direction characters shown as escapes, so that a name can't forge lines of a log."""
+    return _CONTROL.sub(lambda m: m[0].encode("unicode_escape").decode(), text)
+
+
+class RunDir:
+    """A folder that one process writes at a time."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = (path / ".lock").open("w")
+        except OSError as error:
+            raise UsageError(f"can't write the run folder {path}: {error.strerror}; choose another with --out DIR") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise UsageError(f"another process is training in {path}; wait for it or choose another --out DIR") from None
+
+    def close(self) -> None:
+        self._lock.close()
+
+    @property
+    def last(self) -> Path:
+        return self.path / "last"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best"
+
+    def begin(self, recipe: Recipe, environment: dict[str, Any]) -> None:
+        """Write what a new run starts from."""
+        write_file(self.path / "recipe.json", recipe.json_text().encode())
+        write_file(self.path / "environment.json", json.dumps(environment, indent=1).encode())
+        write_file(self.path / "rows.jsonl", b"")
+
+    def trim(self, step: int) -> None:
+        """Drop rows written after `step`: a resumed run writes them anew."""
+        path = self.path / "rows.jsonl"
+        rows = rows_of(self.path)
+        kept = [r for r in rows if r["step"] <= step]
+        if len(kept) != len(rows):
+            write_file(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+
+    def row(self, values: dict[str, Any]) -> None:
+        self._append("rows.jsonl", json.dumps(values))
+
+    def log(self, line: str) -> None:
+        self._append("log.txt", printable(line))
+
+    def _append(self, name: str, line: str) -> None:
+        try:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise DiskError(f"cannot write {self.path / name}: {error.strerror}; the last checkpoint is intact") from error
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """Whole rows of a run; a line cut short by a crash is left out."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in (path / "rows.jsonl").read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+    return rows
+
+
+def numbered(parent: Path, name: str) -> list[Path]:
+    """Existing run folders parent/name-NNNN, oldest first."""
+    found = [p for p in parent.glob(f"{name}-[0-9][0-9][0-9][0-9]") if p.is_dir()] if parent.is_dir() else []
+    return sorted(found)
+
+
+def fresh(parent: Path, name: str) -> Path:
+    """The next free parent/name-NNNN."""
+    taken = numbered(parent, name)
+    return parent / f"{name}-{int(taken[-1].name[-4:]) + 1 if taken else 1:04d}"
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware that a result depends on."""
+    import timm
+    import torch
+    import torchvision
+
+    from .. import __version__
+
+    cuda = torch.cuda.is_available()
+    return {
+        "fastffl": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,125 @@
+"""The nouns that cross the floors: Batch -> Peers -> Graph. They compute nothing.
+
+Shapes: B samples, K peers, C classes, D channels of a feature map.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """Samples on the device: x (B, channels, H, W) normalised, y (B,) int64, id (B,) int64 (the sample's place in its set)."""
+
+    x: Tensor
+    y: Tensor
+    id: Tensor
+
+
+class Peers(NamedTuple):
+    """What the cohort says of a batch. Widths may differ between peers, logits never do."""
+
+    z: tuple[Tensor, ...]  # K logits (B, C)
+    maps: tuple[Tensor, ...]  # K last feature maps (B, D_k, H_k, W_k), always NCHW; empty where no one asked
+    stem: Tensor | None  # (B, D, H, W) output of the shared stem, None where the peers share nothing
+
+
+class Edge(NamedTuple):
+    """`teacher` teaches `student`: weight * T^2 * KL(p_T(teacher) || p_T(student)); `ramp` multiplies it by w(epoch)."""
+
+    teacher: str
+    student: str
+    T: float = 3.0
+    weight: float = 1.0
+    ramp: bool = True
+    detach: bool = True  # no gradient into the teacher through this edge
+    eps: float = 0.0  # added to the teacher's probabilities; 1e-7 in the official FFL and ONE code
+
+    @property
+    def name(self) -> str:
+        return f"{self.teacher}>{self.student}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """Who predicts, who meets the labels, who teaches whom: fixed when the method is built.
+
+    peers   p0..pK-1          made    further nodes, returned by Method.nodes
+    means   node -> the nodes whose mean logits it is
+    hard    node -> weight of its cross-entropy
+    votes   the nodes evaluation scores; the first is what the method ships
+    """
+
+    peers: tuple[str, ...]
+    votes: tuple[str, ...]
+    made: tuple[str, ...] = ()
+    means: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    hard: Mapping[str, float] = field(default_factory=dict)
+    edges: tuple[Edge, ...] = ()
+
+    def __post_init__(self) -> None:
+        known = self.nodes
+        if len(set(known)) != len(known):
+            raise ValueError(f"nodes {known} are not all different")
+        given = set(self.peers + self.made)
+        for mean, members in self.means.items():
+            if not members or not set(members) <= given:
+                raise ValueError(f"mean node {mean!r} is formed from {members}; expected some of {sorted(given)}")
+        for e in self.edges:
+            if e.teacher not in known or e.student not in known or e.teacher == e.student:
+                raise ValueError(f"edge {e.name} must join two of the nodes {known}")
+            if not (e.T > 0 and math.isfinite(e.T)):
+                raise ValueError(f"edge {e.name} has temperature {e.T}; expected a finite number above 0")
+        for name in (*self.hard, *self.votes):
+            if name not in known:
+                raise ValueError(f"{name!r} is labelled or scored but is not one of the nodes {known}")
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Every node in the order in which the kernel numbers them."""
+        return self.peers + self.made + tuple(self.means)
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The votes as tables show them: peers, means, then what the method makes."""
+        return tuple(n for n in (*self.peers, *self.means, *self.made) if n in self.votes)
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the loss terms: ce/p0, ..., kl/mean>fused, ..."""
+        return tuple(f"ce/{h}" for h in self.hard) + tuple(f"kl/{e.name}" for e in self.edges)
+
+    def text(self) -> str:
+        """The graph drawn as lines of text."""
+        lines = [f"labels > {', '.join(n if w == 1 else f'{w:g} {n}' for n, w in self.hard.items())}"]
+        lines += [f"{mean} = mean({', '.join(members)})" for mean, members in self.means.items()]
+        for e in self.edges:
+            facts = [f"T={e.T:g}", f"weight {e.weight:g}"] + ["ramp"] * e.ramp
+            facts += [] if e.detach else ["teacher learns too"]
+            lines.append(f"{e.teacher} > {e.student}   {', '.join(facts)}")
+        return "\n".join(lines)
+
+
+class MapSpec(NamedTuple):
+    """Size of one peer's last feature map."""
+
+    channels: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CohortSpec:
+    """What a method may know of the cohort it is built for."""
+
+    nets: tuple[str, ...]
+    classes: int
+    maps: tuple[MapSpec, ...]
+    stem: MapSpec | None  # the shared stem's output, None where the peers share nothing
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        return tuple(f"p{k}" for k in range(len(self.nets)))

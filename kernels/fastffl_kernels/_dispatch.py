@@ -1,0 +1,66 @@
+"""Triton or reference: the only place that decides, by a rule that can be printed.
+
+FASTFFL_KERNELS=auto       Triton where the tensor is on CUDA and the op has a Triton path, the reference elsewhere
+FASTFFL_KERNELS=triton     Triton or an error
+FASTFFL_KERNELS=reference  plain torch everywhere
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal, cast
+
+from torch import Tensor
+
+Choice = Literal["auto", "triton", "reference"]
+CHOICES: tuple[Choice, ...] = ("auto", "triton", "reference")
+_override: ContextVar[Choice | None] = ContextVar("fastffl_kernels_choice", default=None)
+
+# op name -> its Triton path. A kernel file registers its own here; the name is taken once.
+_TRITON: dict[str, Callable[..., Any]] = {}
+
+
+def register(op: str, path: Callable[..., Any]) -> None:
+    """Announce the Triton path of `op`. ValueError if the op already has one."""
+    if op in _TRITON:
+        raise ValueError(f"two Triton paths for {op!r}")
+    _TRITON[op] = path
+
+
+def choice() -> Choice:
+    """What the user asked for: the innermost `use(...)`, else FASTFFL_KERNELS, else auto."""
+    asked = _override.get() or os.environ.get("FASTFFL_KERNELS", "auto")
+    if asked not in CHOICES:
+        raise ValueError(f"FASTFFL_KERNELS={asked}: expected one of {', '.join(CHOICES)}")
+    return cast(Choice, asked)
+
+
+@contextmanager
+def use(asked: Choice) -> Iterator[None]:
+    """Within the block every op takes the path `asked` ("auto", "triton" or "reference")."""
+    if asked not in CHOICES:
+        raise ValueError(f"use({asked!r}): expected one of {', '.join(CHOICES)}")
+    token = _override.set(asked)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def triton_path(op: str, x: Tensor) -> Callable[..., Any] | None:
+    """The Triton path of `op` for a tensor like `x`, or None where the reference is to be used."""
+    asked = choice()
+    path = _TRITON.get(op)
+    if asked == "triton" and path is None:
+        raise ValueError(f"FASTFFL_KERNELS=triton: {op} has no Triton path in this version; use auto or reference")
+    if asked == "reference" or (asked == "auto" and not x.is_cuda):
+        return None
+    return path
+
+
+def explain(op: str, x: Tensor) -> str:
+    """The decision for `op` on a tensor like `x`, in words."""
+    path = "triton" if triton_path(op, x) else "reference"
+    has = "has a Triton path" if op in _TRITON else "has no Triton path yet"
+    return f"{op} on {x.device.type}: {path} (FASTFFL_KERNELS={choice()}, the op {has})"
