@@ -25,7 +25,9 @@ app = App(
     help="Feature Fusion Learning and its family: train several networks side by side, take home a better one.",
     help_format="plaintext",
 )
-Sets = Annotated[list[str] | None, Parameter(name="--set", negative="", help="change one value: --set optim.lr=0.05 (repeatable)")]
+Sets = Annotated[
+    list[str] | None, Parameter(name="--set", negative="", help="change one value: --set optim.lr=0.05 (repeatable)")
+]
 Json = Annotated[bool, Parameter(negative="", help="print one JSON document on stdout")]
 
 
@@ -145,8 +147,9 @@ def _introduce(recipe: "Recipe", images: Any, learner: Any, where: str, line: An
         f"data   {images.name}: {images.samples('train'):,} train, {images.samples('val'):,} val, {images.channels} x "
         f"{images.size} x {images.size}, {len(images.classes)} classes ({names})"
     )
-    step = f"batch {recipe.data.batch_size} = 1 rank x {recipe.data.batch_size // recipe.optim.accum} x accum {recipe.optim.accum}"
-    line(f"run    {recipe.sched.epochs} epochs, {step}, lr {recipe.optim.lr:g}, ramp {recipe.sched.ramp} epochs, seed {recipe.run.seed}")
+    accum = recipe.optim.accum
+    step = f"batch {recipe.data.batch_size} = 1 rank x {recipe.data.batch_size // accum} x accum {accum}"
+    line(f"run    {recipe.sched.epochs} epochs, {step}, lr {recipe.optim.lr:g}, ramp {recipe.sched.ramp}, seed {recipe.run.seed}")
     line(f"where  {where}")
 
 
@@ -221,7 +224,9 @@ def export(
         from .runs import open_run
 
         opened = open_run(run, which=checkpoint, device="cpu", data=False)
-        net = opened.learner.net_of(vote) if re.fullmatch(r"p\d+", vote) and int(vote[1:]) < len(opened.learner.spec.nets) else vote
+        net = (
+            opened.learner.net_of(vote) if re.fullmatch(r"p\d+", vote) and int(vote[1:]) < len(opened.learner.spec.nets) else vote
+        )
         target = Path(out) if out else Path(run) / f"{net}-{vote}{SUFFIX[format]}"
         cfg = opened.recipe.data
         facts = {"recipe": opened.recipe.name, "step": str(opened.position["step"])}

@@ -66,7 +66,14 @@ def report() -> list[Part]:
     python = ".".join(map(str, sys.version_info[:3]))
     needed = [("torch", "torch"), ("torchvision", "torchvision"), ("timm", "timm"), ("numpy", "numpy")]
     needed += [("safetensors", "safetensors"), ("pydantic", "pydantic"), ("cyclopts", "cyclopts"), ("rich", "rich")]
-    parts = [Part("python", python, "ok" if sys.version_info >= (3, 11) else "wrong", "" if sys.version_info >= (3, 11) else "use 3.11+")]
+    parts = [
+        Part(
+            "python",
+            python,
+            "ok" if sys.version_info >= (3, 11) else "wrong",
+            "" if sys.version_info >= (3, 11) else "use 3.11+",
+        )
+    ]
     parts += [_package(p, d, True, f"pip install {d}") for p, d in needed]
     parts += [_cuda()]
     parts.append(_package("triton", "triton", False, "kernels use the torch reference (same results)"))
@@ -75,5 +82,12 @@ def report() -> list[Part]:
         parts.append(_package(extra, distribution, False, f'optional: pip install "fastffl[{extra}]"'))
     asked = os.environ.get("FASTFFL_KERNELS", "auto")
     known = asked in ("auto", "triton", "reference")
-    parts.append(Part("kernels", f"FASTFFL_KERNELS={asked}", "ok" if known else "wrong", "" if known else "auto, triton or reference"))
+    parts.append(
+        Part(
+            "kernels",
+            f"FASTFFL_KERNELS={asked}",
+            "ok" if known else "wrong",
+            "" if known else "auto, triton or reference",
+        )
+    )
     return parts

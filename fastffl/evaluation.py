@@ -46,4 +46,3 @@ def evaluate(
     share = (100 * counts / seen).tolist()
     loss = (nll / seen).tolist()
     return {v: {"top1": share[0][k], "top5": share[1][k], "nll": loss[k], "samples": seen} for k, v in enumerate(votes)}
-

@@ -38,7 +38,9 @@ def _onnx(module: nn.Module, x: Tensor, classes: list[str], facts: dict[str, str
     except ImportError as error:
         raise UsageError(f'--format onnx needs {error.name}: pip install "fastffl[onnx]"') from None
     batch = torch.export.Dim("batch", min=1)
-    program = torch.onnx.export(module, (x,), dynamo=True, dynamic_shapes=({0: batch},), input_names=["images"], output_names=["logits"])
+    program = torch.onnx.export(
+        module, (x,), dynamo=True, dynamic_shapes=({0: batch},), input_names=["images"], output_names=["logits"]
+    )
     assert program is not None
     proto = program.model_proto
     for key, value in facts.items():
@@ -52,7 +54,9 @@ def _onnx(module: nn.Module, x: Tensor, classes: list[str], facts: dict[str, str
         want = module(x[:n])
         off = same_logits(got, want) / max(float(want.abs().max()), 1.0)
         if off > ONNX_LIMIT:
-            raise FastFFLError(f"ONNX logits differ by {off:.1e} of the largest logit at batch {n} (limit {ONNX_LIMIT:g}): not written")
+            raise FastFFLError(
+                f"ONNX logits differ by {off:.1e} of the largest logit at batch {n} (limit {ONNX_LIMIT:g}): not written"
+            )
     return data
 
 
@@ -129,7 +133,7 @@ def export(
 def _on_cpu(module: nn.Module, learner: Learner) -> nn.Module:
     import copy
 
-    return copy.deepcopy(module).cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return copy.deepcopy(module).cpu().eval().to(memory_format=torch.contiguous_format)
 
 
 def _plain_difference(learner: Learner, net: str, state: dict[str, Tensor], x: Tensor, want: Tensor, trained: Any) -> float:
@@ -146,11 +150,13 @@ def _plain_difference(learner: Learner, net: str, state: dict[str, Tensor], x: T
     weight = next(learner.parameters())
     layout = torch.channels_last if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last) else None
     if layout is not None:
-        fresh.to(memory_format=layout)  # type: ignore[call-overload]  # the same kernels, so that equal means equal bits
+        fresh.to(memory_format=layout)  # the same kernels, so that equal means equal bits
     got = fresh.to(weight.device).eval()(x.to(weight.device)).cpu()
     off = same_logits(got, want)
     if off > 1e-4 * max(float(want.abs().max()), 1.0):
-        raise FastFFLError(f"the exported {net} gives other logits than the trained peer (largest difference {off:.1e}): not written")
+        raise FastFFLError(
+            f"the exported {net} gives other logits than the trained peer (largest difference {off:.1e}): not written"
+        )
     return off
 
 

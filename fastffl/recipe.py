@@ -21,8 +21,8 @@ Triple = tuple[float, ...]
 
 
 class Data(Section):
-    name: Literal["digits", "cifar10", "cifar100", "folder", "synthetic"]
-    """the data set"""
+    name: Literal["digits", "cifar10", "cifar100", "folder", "synthetic", "custom"]
+    """the data set; custom: a Source given from Python"""
     root: str | None = None
     """folder that holds it (`--data DIR`); digits and synthetic need none"""
     loader: Literal["auto", "synthetic"] = "auto"

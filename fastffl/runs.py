@@ -44,7 +44,9 @@ def open_run(path: str, *, which: str = "last", root: str | None = None, device:
     if data:
         opened = source(recipe.data, Place(where.device, where.memory_format))
         if list(opened.classes) != classes:
-            raise CheckpointError(f"{path} was trained on other classes than those of {opened.name}; give its data with --data DIR")
+            raise CheckpointError(
+                f"{path} was trained on other classes than those of {opened.name}; give its data with --data DIR"
+            )
     channels, size = state["shape"]
     weightless = change(recipe, "nets.pretrained", False)
     learner = Learner.build(weightless, len(classes), channels, size)
@@ -56,7 +58,7 @@ def open_run(path: str, *, which: str = "last", root: str | None = None, device:
     learner.amp_dtype = where.dtype
     learner.to(where.device)
     for module in (learner.cohort, learner.method):
-        module.to(memory_format=where.memory_format)  # type: ignore[call-overload]
+        module.to(memory_format=where.memory_format)
     return OpenRun(recipe, opened, learner.eval(), where, state["position"], classes)
 
 

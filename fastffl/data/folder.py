@@ -28,7 +28,14 @@ class Images(Dataset[tuple[Tensor, int, int, str]]):
     """
 
     def __init__(self, manifest: Manifest, ids: Tensor, transform: Any, size: int, seed: int = 0, epoch: int | None = None):
-        self.manifest, self.ids, self.transform, self.size, self.seed, self.epoch = manifest, ids, transform, size, seed, epoch
+        self.manifest, self.ids, self.transform, self.size, self.seed, self.epoch = (
+            manifest,
+            ids,
+            transform,
+            size,
+            seed,
+            epoch,
+        )
 
     def __len__(self) -> int:
         return len(self.ids)

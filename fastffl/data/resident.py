@@ -78,7 +78,9 @@ class Resident:
             raise DataError(f"data.size {cfg.size}: {self.name} images are {self.size} pixels; leave data.size out")
         self.mean, self.std = cfg.mean or arrays.mean, cfg.std or arrays.std
         if not len(self.mean) == len(self.std) == self.channels:
-            raise DataError(f"data.mean and data.std have {len(self.mean)} and {len(self.std)} values for {self.channels} channels")
+            raise DataError(
+                f"data.mean and data.std have {len(self.mean)} and {len(self.std)} values for {self.channels} channels"
+            )
         used, held = portions(y, cfg.train_fraction, cfg.val_fraction)
         self._cfg, self._place = cfg, place
 

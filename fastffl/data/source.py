@@ -1,7 +1,7 @@
 """Where batches come from: the Source protocol, and the rule that picks one for a recipe."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -18,7 +18,7 @@ SPLITS = ("train", "val", "test")
 class Place:
     """Where batches are to lie."""
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     memory_format: torch.memory_format = torch.contiguous_format
 
 
@@ -74,6 +74,8 @@ def source(cfg: Data, place: Place | None = None) -> Source:
     place = place or Place()
     if cfg.name == "synthetic" or cfg.loader == "synthetic":
         return resident.Resident(synthetic.arrays(cfg), cfg, place)
+    if cfg.name == "custom":
+        raise DataError("this run was trained from Python on a Source of its own; evaluate it there, with fastffl.evaluate")
     if cfg.name == "digits":
         return resident.Resident(digits.arrays(), cfg, place)
     if cfg.name == "folder":

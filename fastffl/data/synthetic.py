@@ -5,7 +5,13 @@ import torch
 from ..recipe import Data
 from .resident import Arrays
 
-SHAPES = {"digits": (1, 8, 10), "cifar10": (3, 32, 10), "cifar100": (3, 32, 100), "folder": (3, 224, 10), "synthetic": (3, 32, 10)}
+SHAPES = {
+    "digits": (1, 8, 10),
+    "cifar10": (3, 32, 10),
+    "cifar100": (3, 32, 100),
+    "folder": (3, 224, 10),
+    "synthetic": (3, 32, 10),
+}
 
 
 def arrays(cfg: Data) -> Arrays:

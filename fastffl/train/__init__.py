@@ -41,7 +41,13 @@ def fit(
     FastFFLError says what could not be used; Interrupted means SIGINT or SIGTERM arrived and everything is saved.
     """
     recipe = recipe or recipe_of(learner, data)
-    short = {"epochs": "sched.epochs", "batch_size": "data.batch_size", "lr": "optim.lr", "seed": "run.seed", "amp": "amp.enabled"}
+    short = {
+        "epochs": "sched.epochs",
+        "batch_size": "data.batch_size",
+        "lr": "optim.lr",
+        "seed": "run.seed",
+        "amp": "amp.enabled",
+    }
     for key, value in changes.items():
         recipe = change(recipe, short.get(key, key.replace("__", ".")), value)
     where = where or plan(recipe)

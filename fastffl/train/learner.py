@@ -93,7 +93,7 @@ class Learner(nn.Module):
     def _autocast(self, x: Tensor) -> AbstractContextManager[None]:
         if self.amp_dtype is None:
             return nullcontext()
-        return torch.autocast(x.device.type, self.amp_dtype)  # type: ignore[return-value]
+        return torch.autocast(x.device.type, self.amp_dtype)
 
     def forward(self, x: Tensor, y: Tensor, ramp: Tensor) -> GraphOut:
         """x (B, channels, S, S), y (B,) int64, ramp () -> the step's loss, terms and counts. The loss is fp32."""

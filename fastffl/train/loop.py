@@ -90,7 +90,7 @@ class Trainer:
         learner.amp_dtype = plan.dtype
         learner.to(plan.device)
         for module in (learner.cohort, learner.method):
-            module.to(memory_format=plan.memory_format)  # type: ignore[call-overload]
+            module.to(memory_format=plan.memory_format)
         self.optimizer = optim.build(learner, recipe.optim)
         self.step = Step(learner, self.optimizer, recipe, plan.device)
         self.batch_size = recipe.data.batch_size

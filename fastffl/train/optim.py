@@ -37,7 +37,9 @@ def build(learner: Learner, optim: Optim) -> Optimizer:
     parts = groups(learner, optim)
     if optim.name == "adamw":
         return torch.optim.AdamW(parts, lr=optim.lr, fused=True)
-    made = torch.optim.SGD(parts, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov and optim.momentum > 0, fused=True)
+    made = torch.optim.SGD(
+        parts, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov and optim.momentum > 0, fused=True
+    )
     if optim.momentum:
         # torch (2.11 to 2.15) allocates fused momentum by empty_like on the first step and takes it as written even
         # where that step is skipped: the next step then reads garbage. Zeros are exact, as dampening is 0.

@@ -78,8 +78,8 @@ class Average:
         device = next(learner.parameters()).device
         self.count = torch.zeros((), device=device)
         self.buffers = NormBuffers(self.model)
-        self._mine = list(self.model.parameters())
-        self._theirs = list(learner.parameters())
+        self._mine: list[Tensor] = list(self.model.parameters())
+        self._theirs: list[Tensor] = list(learner.parameters())
 
     @torch.no_grad()
     def update(self, buffers: NormBuffers, ok: Tensor) -> None:

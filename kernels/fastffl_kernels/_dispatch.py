@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -33,7 +33,7 @@ def choice() -> Choice:
     asked = _override.get() or os.environ.get("FASTFFL_KERNELS", "auto")
     if asked not in CHOICES:
         raise ValueError(f"FASTFFL_KERNELS={asked}: expected one of {', '.join(CHOICES)}")
-    return cast(Choice, asked)
+    return asked
 
 
 @contextmanager

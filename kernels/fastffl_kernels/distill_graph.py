@@ -135,8 +135,7 @@ def distill_graph(
             raise ValueError(f"logits[{k}] is on {z.device}, logits[0] on {device}")
     if labels.shape != shape[:1] or labels.dtype != torch.int64 or labels.device != device:
         raise ValueError(
-            f"labels are {tuple(labels.shape)} {labels.dtype} on {labels.device}; "
-            f"expected ({shape[0]},) torch.int64 on {device}"
+            f"labels are {tuple(labels.shape)} {labels.dtype} on {labels.device}; expected ({shape[0]},) torch.int64 on {device}"
         )
     if weights.shape != (len(edges),):
         raise ValueError(f"weights are {tuple(weights.shape)}; expected one per edge, ({len(edges)},)")

@@ -1,0 +1,45 @@
+# The two commands: `make demo` and `make test`. Both make .venv on their own and say what they do.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   install into $(VENV), train two different networks on real digits, print the table (a minute of training)"
+	@echo "make test   install what the tests need, run lint, types and every test"
+	@echo "make lint   ruff and mypy only"
+	@echo "make clean  remove $(VENV), runs/ and caches"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; try: make PYTHON=python3.12 ..."; exit 2; }
+	@echo "== making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	@echo "== installing fastffl and what it needs into $(VENV) (torch comes with CUDA: about 3 GB, once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed
+	@echo "== installing what the tests need into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	@echo "== training two different networks on 1,347 real handwritten digits, side by side (fastffl train digits)"
+	@$(BIN)/fastffl train digits
+
+lint: $(VENV)/.installed-dev
+	@echo "== lint and types"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+test: lint
+	@echo "== tests"
+	@$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache
