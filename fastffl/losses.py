@@ -27,13 +27,13 @@ class GraphLoss(nn.Module):
         self.edges = tuple(GraphEdge(at[e.teacher], at[e.student], e.T, e.detach, e.eps) for e in graph.edges)
         self.means = tuple(tuple(at[n] for n in members) for members in graph.means.values())
         weights = torch.tensor([e.weight for e in graph.edges], dtype=torch.float32)
-        ramped = torch.tensor([float(e.ramp) for e in graph.edges])
+        ramped = torch.tensor([e.ramp for e in graph.edges], dtype=torch.bool)
         self.register_buffer("weight_E", weights, persistent=False)
         self.register_buffer("ramped_E", ramped, persistent=False)
 
     def forward(self, peers: Peers, made: Mapping[str, Tensor], labels: Tensor, ramp: Tensor) -> GraphOut:
         nodes = (*peers.z, *(made[name] for name in self.graph.made))
-        weights = self.weight_E * torch.lerp(torch.ones_like(self.ramped_E), ramp.expand_as(self.ramped_E), self.ramped_E)
+        weights = self.weight_E * torch.where(self.ramped_E, ramp, 1.0)
         return distill_graph(nodes, labels, self.hard, self.edges, weights, self.means)
 
 

@@ -13,9 +13,9 @@ def digits() -> Recipe:
         source="our own",
         expect=">= 98.5 % on every peer and on fused, last epoch",
         data=Data(name="digits", batch_size=64, eval_batch_size=450, pad=1, pad_mode="zero", flip=False),
-        nets=Nets(names=("resnet20", "wrn16_2")),
+        nets=Nets(names=("resnet8", "wrn16_2")),
         method=FFL.Config(),
-        optim=Optim(lr=0.1, weight_decay=5e-4),
+        optim=Optim(lr=0.1, weight_decay=5e-4, clip=1.0),
         sched=Sched(name="cosine", epochs=30, warmup_epochs=1),
     )
 
