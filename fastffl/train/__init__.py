@@ -66,8 +66,10 @@ def fit(
             progress.line(f"resumed at epoch {trainer.epoch + 1}, step {trainer.count} of {path}")
         else:
             seed_all(recipe.run.seed)
-        if state is not None and source_dir == run.last:
-            run.trim(trainer.count)
+        if state is not None and source_dir.parent.resolve() == path.resolve():
+            run.trim(trainer.epoch)
+            if source_dir.name == "last":
+                trainer.saved_at = trainer.position
         else:
             run.begin(recipe, environment())
         return trainer.fit()
@@ -97,7 +99,10 @@ def _folders(recipe: Recipe, out: str | Path | None, resume: str) -> tuple[Path,
         source = base if base.name in ("last", "best") else base / "last"
         if not source.is_dir():
             raise CheckpointError(f"--resume {resume}: there is no run there; expected a run folder, auto or never")
-        return (Path(out) if out else source.parent), source
+        path = Path(out) if out else source.parent
+        if path.resolve() != source.parent.resolve() and checkpoint.whole(path / "last"):
+            source = path / "last"  # the same command again, after it was interrupted
+        return path, source
     if out:
         return Path(out), Path(out) / "last"
     parent = Path("runs")

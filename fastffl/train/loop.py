@@ -100,11 +100,15 @@ class Trainer:
         self.best: dict[str, dict[str, Any]] = {}
         self.seconds, self.wait, self.images = 0.0, 0.0, 0
         self.early: dict[str, float] = {}  # scores where run.max_steps ended the run inside an epoch
-        self.saved_at = -1
+        self.saved_at: tuple[int, int, int] | None = None  # position of the newest checkpoint in last/
         self.disk_failures = 0
         self.ships = learner.graph.votes[0]
 
     # ---- state
+
+    @property
+    def position(self) -> tuple[int, int, int]:
+        return self.epoch, self.batch, self.count
 
     def state(self) -> dict[str, Any]:
         return {
@@ -151,23 +155,23 @@ class Trainer:
         t = state["time"]
         self.seconds, self.wait, self.images = t["seconds"], t["wait"], t["images"]
         set_rng_state(state["rng"])
-        self.saved_at = self.count
 
     def save(self, folder: Path, must: bool = False) -> None:
-        """Checkpoint; a failing disk is reported and training goes on, unless it `must` or failed too often."""
+        """Checkpoint; a failing disk is reported and training goes on, unless it `must` or `last` failed too often."""
         state = self.state()
         facts = {"epoch": self.epoch, "digest": checkpoint.digest({k: state[k] for k in TRAINED})}
+        last = folder == self.run.last
         try:
-            checkpoint.save(folder, state, self.count, facts, keep=1 if folder == self.run.best else checkpoint.KEEP)
+            self.run.flush()
+            checkpoint.save(folder, state, self.count, facts, keep=checkpoint.KEEP if last else 1)
         except DiskError as error:
-            self.disk_failures += 1
+            self.disk_failures += last
             if must or self.disk_failures >= DISK_TRIES:
                 raise
             self.progress.line(f"warning: {error}; training goes on (failure {self.disk_failures} of {DISK_TRIES})")
         else:
-            self.disk_failures = 0
-            if folder == self.run.last:
-                self.saved_at = self.count
+            if last:
+                self.disk_failures, self.saved_at = 0, self.position
 
     # ---- training
 
@@ -177,15 +181,15 @@ class Trainer:
         self.progress.begin(self.steps * self.recipe.sched.epochs, self.count)
         try:
             with Stopper() as stop:
-                while self.epoch < self.recipe.sched.epochs and not self._enough():
+                while self.epoch < self.recipe.sched.epochs and not (self._enough() and self.batch < self.steps):
                     skipped = self._epoch(stop)
         except DataError:
-            if self.count != self.saved_at:  # a damaged image must not cost the steps before it
+            if self.position != self.saved_at:  # a damaged image must not cost the steps before it
                 self.save(self.run.last)
             raise
         finally:
             self.progress.end()
-        if self.count != self.saved_at or not self.last:
+        if self.epoch < self.recipe.sched.epochs:
             self._finish_early()
         return self._result(skipped)
 
@@ -196,7 +200,8 @@ class Trainer:
     def _stop(self, stop: Stopper) -> None:
         """Save and raise Interrupted if a signal came."""
         if stop.signum:
-            self.save(self.run.last, must=True)
+            if self.position != self.saved_at:
+                self.save(self.run.last, must=True)
             name = {2: "SIGINT", 15: "SIGTERM"}[stop.signum]
             where = f"epoch {self.epoch + 1}, step {self.count}"
             raise Interrupted(f"{name}: saved at {where}; the same command goes on from {self.run.path}", stop.signum)
@@ -297,10 +302,11 @@ class Trainer:
 
     def _finish_early(self) -> None:
         """After `run.max_steps`: save, then score for the result only, so that going on later stays exact."""
-        self.save(self.run.last, must=True)
+        if self.position != self.saved_at:
+            self.save(self.run.last, must=True)
         with Stopper() as stop:
             scored = self._score(stop)
-        self.run.row({"epoch": self.epoch + 1, "step": self.count, "val": scored, "stopped_early": True})
+        self.run.row({"epoch": self.epoch + bool(self.batch), "step": self.count, "val": scored, "stopped_early": True})
         self.early = {v: score["top1"] for v, score in scored.items()}
 
     def _tell(self, row: dict[str, Any]) -> None:
@@ -317,7 +323,7 @@ class Trainer:
         results = {}
         for v, last in (self.early or self.last).items():
             best = max(self.best.get(v, {}).get("top1", 0.0), last)
-            at = self.best[v]["epoch"] if v in self.best and self.best[v]["top1"] >= last else self.epoch + 1
+            at = self.best[v]["epoch"] if v in self.best and self.best[v]["top1"] >= last else self.epoch + bool(self.batch)
             net = self.learner.net_of(v)
             results[v] = {"net": net, "last": round(last, 4), "best": round(best, 4), "best_epoch": at}
         spent = max(self.seconds, 1e-9)

@@ -1,6 +1,7 @@
 """The run folder: recipe.json, environment.json, rows.jsonl, log.txt, last/ and best/. Nothing in it is an absolute path."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -37,6 +38,8 @@ class RunDir:
             self._lock.close()
             raise UsageError(f"another process is training in {path}; wait for it or choose another --out DIR") from None
 
+        self._rows: list[str] = []  # not written yet
+
     def close(self) -> None:
         self._lock.close()
 
@@ -54,26 +57,37 @@ class RunDir:
         write_file(self.path / "environment.json", json.dumps(environment, indent=1).encode())
         write_file(self.path / "rows.jsonl", b"")
 
-    def trim(self, step: int) -> None:
-        """Drop rows written after `step`: a resumed run writes them anew."""
-        path = self.path / "rows.jsonl"
-        rows = rows_of(self.path)
-        kept = [r for r in rows if r["step"] <= step]
-        if len(kept) != len(rows):
-            write_file(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+    def trim(self, epochs: int) -> None:
+        """Keep the rows of the first `epochs` epochs: a resumed run writes the later ones anew."""
+        kept = [r for r in rows_of(self.path) if r["epoch"] <= epochs and not r.get("stopped_early")]
+        write_file(self.path / "rows.jsonl", "".join(json.dumps(r) + "\n" for r in kept).encode())
 
     def row(self, values: dict[str, Any]) -> None:
-        self._append("rows.jsonl", json.dumps(values))
+        """Write a row; where the disk is full it is kept until `flush`."""
+        self._rows.append(json.dumps(values) + "\n")
+        with contextlib.suppress(DiskError):
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the rows not written yet, all or none. DiskError where that fails."""
+        path, data = self.path / "rows.jsonl", "".join(self._rows).encode()
+        try:
+            with path.open("ab", buffering=0) as file:
+                size = file.tell()
+                try:
+                    if file.write(data) != len(data):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(size)
+                    raise
+        except OSError as error:
+            raise DiskError(f"cannot write {path}: {error.strerror}; the last checkpoint is intact") from error
+        self._rows.clear()
 
     def log(self, line: str) -> None:
-        self._append("log.txt", printable(line))
-
-    def _append(self, name: str, line: str) -> None:
-        try:
-            with (self.path / name).open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        except OSError as error:
-            raise DiskError(f"cannot write {self.path / name}: {error.strerror}; the last checkpoint is intact") from error
+        """Add a line to log.txt, which only people read: a full disk may cost it."""
+        with contextlib.suppress(OSError), (self.path / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(printable(line) + "\n")
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

@@ -206,7 +206,7 @@ class Step:
         """Host read: steps skipped so far. NumericsError, naming the terms, after LIMIT non-finite steps in a row."""
         if int(self.streak) >= LIMIT:
             bad = [n for n, b in zip(self.names, self.bad.tolist(), strict=True) if b]
-            terms = [n for n in bad if n != "gradient"] or bad
+            terms = [n for n in bad if n != "gradient"] or bad or ["their sum"]
             raise NumericsError(
                 f"loss not finite for {LIMIT} steps in a row, first bad term: {', '.join(terms)}; weights are those of the last "
                 "finite step; try a lower rate (--lr), warm-up (--set sched.warmup_epochs=1) or --set optim.clip=5"
