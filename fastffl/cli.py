@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -13,7 +15,7 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from . import __version__
-from .errors import FastFFLError, ThresholdError, UsageError, nearest
+from .errors import FastFFLError, ThresholdError, UsageError, nearest, printable
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -32,7 +34,7 @@ Json = Annotated[bool, Parameter(negative="", help="print one JSON document on s
 
 
 def _say(text: str = "") -> None:
-    print(text, flush=True)
+    print("\n".join(printable(line) for line in text.split("\n")), flush=True)
 
 
 def _table(columns: list[str], rows: list[list[str]], right: int = 1) -> None:
@@ -40,8 +42,6 @@ def _table(columns: list[str], rows: list[list[str]], right: int = 1) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
-
-    from .train.rundir import printable
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for k, column in enumerate(columns):
@@ -133,7 +133,7 @@ def train(
         if not json:
             _results(result)
     if json:
-        _say(result.json_text())
+        _say(_dumps(asdict(result)))
 
 
 def _introduce(recipe: "Recipe", images: Any, learner: Any, where: str, line: Any) -> None:
@@ -162,7 +162,8 @@ def _results(result: Any) -> None:
     skipped = f", {result.skipped} steps skipped as not finite" if result.skipped else ""
     _say(f"{result.epochs} epochs, {result.steps} steps in {result.seconds:.1f} s, {result.img_s:,.0f} img/s{skipped}")
     _say(f"digest {result.digest}")
-    _say(f"saved  {result.run}   next: fastffl evaluate {result.run}   fastffl export {result.run} --vote p0")
+    run = printable(result.run)
+    _say(f"saved  {run}   next: fastffl evaluate {run}   fastffl export {run} --vote p0")
 
 
 _EXPECT = re.compile(r"^\s*(\w+)\s*>=\s*(\d+(?:\.\d+)?)\s*$")
@@ -221,12 +222,10 @@ def export(
     with _quiet_stdout(json):
         from .exporting import SUFFIX
         from .exporting import export as write
-        from .runs import open_run
+        from .runs import open_run, vote_of
 
         opened = open_run(run, which=checkpoint, device="cpu", data=False)
-        net = (
-            opened.learner.net_of(vote) if re.fullmatch(r"p\d+", vote) and int(vote[1:]) < len(opened.learner.spec.nets) else vote
-        )
+        net = opened.learner.net_of(vote_of(opened.learner, vote))
         target = Path(out) if out else Path(run) / f"{net}-{vote}{SUFFIX[format]}"
         cfg = opened.recipe.data
         facts = {"recipe": opened.recipe.name, "step": str(opened.position["step"])}
@@ -234,7 +233,7 @@ def export(
             facts |= {"mean": ",".join(map(str, cfg.mean)), "std": ",".join(map(str, cfg.std))}
         path, off = write(opened.learner, vote, target, format, classes=opened.classes, facts=facts)
         if not json:
-            _say(f"wrote {path}   {path.stat().st_size / 2**20:.2f} MiB   largest logit difference {off:.1e}")
+            _say(f"wrote {printable(str(path))}   {path.stat().st_size / 2**20:.2f} MiB   largest logit difference {off:.1e}")
     if json:
         _say(_dumps({"file": str(path), "net": net, "vote": vote, "max_diff": off}))
 
@@ -349,12 +348,19 @@ def doctor(*, json: Json = False) -> int:
 
 
 def _dumps(value: Any) -> str:
-    return json.dumps(value)
+    """JSON text; a number that is not finite becomes null, since JSON has no word for it."""
+
+    def plain(v: Any) -> Any:
+        if isinstance(v, dict):
+            return {k: plain(x) for k, x in v.items()}
+        if isinstance(v, (list, tuple)):
+            return [plain(x) for x in v]
+        return None if isinstance(v, float) and not math.isfinite(v) else v
+
+    return json.dumps(plain(value), allow_nan=False)
 
 
 def _fail(text: str, code: int) -> NoReturn:
-    from .train.rundir import printable
-
     print(f"error: {printable(text)}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 

@@ -1,6 +1,7 @@
 """What fastffl raises for its users: one sentence each (what came, what was expected, what to type) and an exit code."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -48,6 +49,17 @@ class Interrupted(FastFFLError):
     def __init__(self, message: str, signum: int):
         super().__init__(message)
         self.exit_code = 128 + signum
+
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]")
+
+
+def printable(text: str) -> str:
+    """Text on one line: control, direction and invisible characters, and bytes that are not UTF-8, shown as escapes.
+
+    A file name then can't forge a line of a log, and nothing fails to print.
+    """
+    return _CONTROL.sub(lambda m: m[0].encode("unicode_escape").decode(), text)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -124,6 +124,10 @@ def export(
         learner.amp_dtype = dtype
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise UsageError(
+                f"can't write {path}: it is a folder; name a file in it, for example --out {path / 'net'}{SUFFIX[format]}"
+            )
     except OSError as error:
         raise UsageError(f"can't write {path}: {error.strerror}; choose another --out FILE") from None
     write_file(path, data)

@@ -7,17 +7,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
-from .errors import UsageError, nearest
+from .errors import UsageError, nearest, printable
 
 
 class Section(BaseModel):
     """One part of a recipe. Frozen; unknown fields are errors; a field's docstring is its help."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Triple = tuple[float, ...]
+Spread = tuple[Annotated[float, Field(gt=0)], ...]
 
 
 class Data(Section):
@@ -27,31 +28,31 @@ class Data(Section):
     """folder that holds it (`--data DIR`); digits and synthetic need none"""
     loader: Literal["auto", "synthetic"] = "auto"
     """synthetic replaces the images by random ones of the same shape: separates the loader from the compute"""
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(128, ge=1, le=2**24)
     """samples per optimizer step, over all ranks and accumulation steps"""
-    eval_batch_size: int = Field(250, ge=1)
+    eval_batch_size: int = Field(250, ge=1, le=2**24)
     """samples per evaluation batch"""
     train_fraction: Share = 1.0
     """share of the training images of every class that is used"""
     val_fraction: float = Field(0.0, ge=0, lt=1)
     """share of the training images of every class held out as `val`; 0: the test set also serves as `val`"""
-    pad: int = Field(4, ge=0)
-    """pixels added on each side before the random crop"""
-    pad_mode: Literal["reflect", "zero"] = "reflect"
-    """what the padding shows"""
-    flip: bool = True
-    """mirror half of the training images left to right"""
+    pad: int | None = Field(None, ge=0, le=1024)
+    """pixels added on each side before the random crop; None: the data set's own (CIFAR 4, digits 1)"""
+    pad_mode: Literal["reflect", "zero"] | None = None
+    """what the padding shows; None: the data set's own (CIFAR reflect, digits zero)"""
+    flip: bool | None = None
+    """mirror half of the training images left to right; None: the data set's own (digits: no)"""
     mean: Triple | None = None
     """per-channel mean in [0, 1]; None: the data set's own"""
-    std: Triple | None = None
+    std: Spread | None = None
     """per-channel standard deviation in [0, 1]; None: the data set's own"""
-    size: int | None = Field(None, ge=4)
+    size: int | None = Field(None, ge=4, le=8192)
     """side of the square images, pixels; None: the data set's own (folder: 224)"""
-    classes: int | None = Field(None, ge=1)
+    classes: int | None = Field(None, ge=1, le=2**20)
     """synthetic only: number of classes"""
-    samples: int = Field(1024, ge=1)
+    samples: int = Field(1024, ge=1, le=2**24)
     """synthetic only: number of training images (a quarter as many test images)"""
-    workers: int | None = Field(None, ge=0)
+    workers: int | None = Field(None, ge=0, le=1024)
     """processes that decode images (folder); None: one per core but one"""
 
 
@@ -129,7 +130,7 @@ class Run(Section):
     """initialisation, order and augmentation"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train"""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=4096)
     """CPU threads; None: torch's own choice. Other thread counts round differently"""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     """layout of the images and weights; auto: channels_last on CUDA and on CPUs with AVX-512"""
@@ -146,7 +147,8 @@ class Run(Section):
 class Recipe(Section):
     """Everything that decides what a run computes. Build one with `fastffl.recipes.load(name)`."""
 
-    name: str
+    name: str = Field(min_length=1, max_length=100)
+    """also the run folder's name, so without a slash, a leading dot or control characters"""
     summary: str = ""
     source: str = ""
     """where its values come from"""
@@ -163,6 +165,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _whole(self) -> "Recipe":
+        if self.name.startswith(".") or printable(self.name) != self.name or "/" in self.name or "\\" in self.name:
+            raise ValueError(f"name {self.name!r} can't name a folder")
         if self.optim.accum > self.data.batch_size:
             raise ValueError(f"optim.accum {self.optim.accum} is more than data.batch_size {self.data.batch_size}")
         return self
@@ -216,7 +220,7 @@ def _help(section: Section, key: str) -> str:
     for part in (info.annotation, *typing.get_args(info.annotation)):
         if typing.get_origin(part) is Annotated:
             metadata += [m for f in typing.get_args(part)[1:] for m in getattr(f, "metadata", [f])]
-    bounds = [f"{s} {getattr(m, a):g}" for m in metadata for a, s in signs.items() if hasattr(m, a)]
+    bounds = [f"{s} {getattr(m, a)}" for m in metadata for a, s in signs.items() if hasattr(m, a)]
     now = getattr(section, key)
     shown = ",".join(map(str, now)) if isinstance(now, tuple) else str(now).lower() if now in (None, True, False) else now
     return f"{_kind(info.annotation)}{' ' + ' and '.join(bounds) if bounds else ''}, now {shown}"
@@ -244,7 +248,8 @@ def change(recipe: Recipe, path: str, value: Any) -> Recipe:
     section, _, key = path.partition(".")
     if section not in SECTIONS or key not in type(getattr(recipe, section)).model_fields:
         known = list(fields(recipe.model_dump(mode="json")))
-        hint = nearest(path, known)
+        leaf = [k for k in known if k.split(".", 1)[1] == path]  # the section left out
+        hint = f"; did you mean {leaf[0]}?" if leaf else nearest(path, known)
         if "did you mean" in hint:
             found = hint.removeprefix("; did you mean ").rstrip("?")
             s, k = found.split(".", 1)

@@ -1,5 +1,6 @@
 """Open a finished or unfinished run folder again: its recipe, data, learner and weights."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import torch
 from . import recipes
 from .data import Place, Source, source
 from .errors import CheckpointError, UsageError
-from .recipe import Recipe, change
+from .recipe import Recipe, change, differences
 from .train import Learner, Plan, checkpoint
 from .train.device import plan
 
@@ -39,7 +40,20 @@ def open_run(path: str, *, which: str = "last", root: str | None = None, device:
     state: dict[str, Any] | None = checkpoint.newest(run / which, where.device)
     if state is None:
         raise CheckpointError(f"{path} holds no {which} checkpoint yet; train it first")
-    classes = state["classes"]
+    try:
+        stored, classes, position = json.loads(state["recipe"]), list(state["classes"]), dict(state["position"])
+        channels, size = (int(n) for n in state["shape"])
+        changed = differences(stored, recipe)
+        weights = state["average"]["model"] if recipe.ema.decay else state["learner"]
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        raise CheckpointError(
+            f"{path}: its {which} checkpoint is not one of this version of fastffl; train the run again"
+        ) from None
+    if changed:  # its numbers would be those of another run
+        raise CheckpointError(
+            f"{path}: its {which} checkpoint is of another recipe than its recipe.json ({'; '.join(changed[:4])}); put back "
+            "the one it was trained with"
+        )
     opened = None
     if data:
         opened = source(recipe.data, Place(where.device, where.memory_format))
@@ -47,19 +61,22 @@ def open_run(path: str, *, which: str = "last", root: str | None = None, device:
             raise CheckpointError(
                 f"{path} was trained on other classes than those of {opened.name}; give its data with --data DIR"
             )
-    channels, size = state["shape"]
+        if (opened.channels, opened.size) != (channels, size):
+            raise CheckpointError(
+                f"{path} was trained on {channels} x {size} x {size} images, and {opened.name} gives {opened.channels} x "
+                f"{opened.size} x {opened.size}; give its data with --data DIR"
+            )
     weightless = change(recipe, "nets.pretrained", False)
     learner = Learner.build(weightless, len(classes), channels, size)
-    weights = state["average"]["model"] if recipe.ema.decay else state["learner"]
     try:
         learner.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: its weights do not fit its recipe: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, TypeError, AttributeError, KeyError) as error:
+        raise CheckpointError(f"{path}: its weights do not fit its recipe: {(str(error).splitlines() or [''])[0]}") from None
     learner.amp_dtype = where.dtype
     learner.to(where.device)
     for module in (learner.cohort, learner.method):
         module.to(memory_format=where.memory_format)
-    return OpenRun(recipe, opened, learner.eval(), where, state["position"], classes)
+    return OpenRun(recipe, opened, learner.eval(), where, position, classes)
 
 
 def vote_of(learner: Learner, vote: str) -> str:

@@ -26,4 +26,7 @@ def arrays() -> Arrays:
         test=(x[test], y[test]),
         mean=(0.2866,),  # of the training images, on the scale where 255 is 1
         std=(0.3538,),
+        pad=1,
+        pad_mode="zero",
+        flip=False,  # a mirrored 2 is no digit
     )

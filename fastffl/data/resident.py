@@ -24,6 +24,9 @@ class Arrays:
     test: tuple[Tensor, Tensor]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    pad: int = 4
+    pad_mode: str = "reflect"
+    flip: bool = True
 
 
 def check(arrays: Arrays) -> None:
@@ -72,8 +75,11 @@ class Resident:
         self.name, self.classes = arrays.name, arrays.classes
         x, y = arrays.train
         self.channels, self.size = x.shape[1], x.shape[2]
-        if cfg.pad_mode == "reflect" and cfg.pad >= self.size:
-            raise DataError(f"data.pad {cfg.pad} can't reflect images of {self.size} pixels; use --set data.pad_mode=zero")
+        self.pad = arrays.pad if cfg.pad is None else cfg.pad
+        self.flip = arrays.flip if cfg.flip is None else cfg.flip
+        pad_mode = cfg.pad_mode or arrays.pad_mode
+        if pad_mode == "reflect" and self.pad >= self.size:
+            raise DataError(f"data.pad {self.pad} can't reflect images of {self.size} pixels; use --set data.pad_mode=zero")
         if cfg.size not in (None, self.size):
             raise DataError(f"data.size {cfg.size}: {self.name} images are {self.size} pixels; leave data.size out")
         self.mean, self.std = cfg.mean or arrays.mean, cfg.std or arrays.std
@@ -82,16 +88,16 @@ class Resident:
                 f"data.mean and data.std have {len(self.mean)} and {len(self.std)} values for {self.channels} channels"
             )
         used, held = portions(y, cfg.train_fraction, cfg.val_fraction)
-        self._cfg, self._place = cfg, place
+        self.cfg, self._place = cfg, place
 
         def put(images: Tensor, pad: int = 0) -> Tensor:
             if pad:  # reflection is not defined for uint8: padded as fp16, which holds 0..255 exactly
-                mode = "reflect" if cfg.pad_mode == "reflect" else "constant"
+                mode = "reflect" if pad_mode == "reflect" else "constant"
                 parts = [F.pad(part.half(), (pad,) * 4, mode).to(torch.uint8) for part in images.split(5000)]
                 images = torch.cat(parts)
             return images.to(place.device).contiguous(memory_format=place.memory_format)
 
-        self._x = {"train": put(x[used], cfg.pad), "test": put(arrays.test[0])}
+        self._x = {"train": put(x[used], self.pad), "test": put(arrays.test[0])}
         self._y = {"train": y[used].to(place.device), "test": arrays.test[1].to(place.device)}
         if len(held):
             self._x["val"], self._y["val"] = put(x[held]), y[held].to(place.device)
@@ -114,10 +120,10 @@ class Resident:
 
     def augment(self, x: Tensor, at: Tensor, y: Tensor, seed: int, epoch: int) -> Batch:
         """One training batch: the images `at`, cropped and flipped by what (seed, epoch, id) says."""
-        span = 2 * self._cfg.pad + 1
+        span = 2 * self.pad + 1
         top = below(uniform_bits(seed, epoch, at, 0), span)
         left = below(uniform_bits(seed, epoch, at, 1), span)
-        flip = uniform_bits(seed, epoch, at, 2) < 2**31 if self._cfg.flip else torch.zeros_like(at, dtype=torch.bool)
+        flip = uniform_bits(seed, epoch, at, 2) < 2**31 if self.flip else torch.zeros_like(at, dtype=torch.bool)
         return Batch(self._normal(crop_flip(x, at, top, left, flip, self.size)), y, at)
 
     def evaluate(self, split: str, batch_size: int) -> Iterator[Batch]:
@@ -125,7 +131,7 @@ class Resident:
         split = held_split(split, "val" in self._y)
         x, y = self._x[split], self._y[split]
         if split == "train":
-            p = self._cfg.pad
+            p = self.pad
             x = x[:, :, p : p + self.size, p : p + self.size]
         for at in torch.arange(len(y), device=y.device).split(batch_size):
             images = x[at].contiguous(memory_format=self._place.memory_format)

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol, get_args
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, nearest
 from ..recipe import Data
 from ..values import Batch
 
@@ -60,16 +62,41 @@ def portions(labels: Tensor, train_fraction: float, val_fraction: float) -> tupl
     for c in labels.unique(sorted=True).tolist():
         ids = (labels == c).nonzero()[:, 0]
         ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(c))]
-        held = round(val_fraction * len(ids))
+        held = min(round(val_fraction * len(ids)), len(ids) - 1)  # every class keeps an image to learn from
         used = max(1, round(train_fraction * (len(ids) - held)))
         val.append(ids[:held])
         train.append(ids[held : held + used])
     return torch.cat(train).sort().values, torch.cat(val).sort().values
 
 
-def source(cfg: Data, place: Place | None = None) -> Source:
-    """The source a recipe's data section describes. DataError says what was looked for, where, and what helps."""
+def _described(name: str, options: dict[str, Any]) -> Data:
+    """A data section from a name or folder and options."""
+    names = get_args(Data.model_fields["name"].annotation)
+    if name not in names:
+        if not Path(name).is_dir():
+            raise DataError(f"no data set and no folder is called {name!r}{nearest(name, names)}")
+        options = {"root": name, **options}
+        name = "folder"
+    try:
+        return Data(name=name, **options)  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DataError(f"source({name!r}): {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def source(cfg: Data | str, place: Place | None = None, **options: Any) -> Source:
+    """The source a recipe's data section describes, or a data set by name or folder with that section's options.
+
+        source("digits")      source("cifar100", root="data")      source("./parts", size=160)
+
+    DataError says what was looked for, where, and what helps.
+    """
     from . import archives, digits, folder, resident, synthetic
+
+    if isinstance(cfg, str):
+        cfg = _described(cfg, options)
+    elif options:
+        raise TypeError(f"options {sorted(options)} go with a data set's name, not with a Data section")
 
     place = place or Place()
     if cfg.name == "synthetic" or cfg.loader == "synthetic":

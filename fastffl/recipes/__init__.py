@@ -61,8 +61,8 @@ def from_dict(stored: Any, where: str) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(p) for p in first["loc"])
-        raise UsageError(f"{where} is no recipe of this version: {path}: {first['msg']}") from None
-    except (KeyError, TypeError):
+        raise UsageError(f"{where} is no recipe of this version: {f'{path}: ' if path else ''}{first['msg']}") from None
+    except (KeyError, TypeError, RecursionError):
         raise UsageError(f"{where} is no recipe: expected the JSON of a run's recipe.json") from None
 
 
@@ -70,8 +70,10 @@ def read(path: Path) -> Recipe:
     """The recipe stored in a file (a run's recipe.json)."""
     try:
         stored = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} can't be read as a recipe: {error}") from None
+    except OSError as error:
+        raise UsageError(f"{path} can't be read as a recipe: {error.strerror}; expected a run's recipe.json") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} can't be read as a recipe: it is not JSON ({error}); expected a run's recipe.json") from None
     return from_dict(stored, str(path))
 
 

@@ -12,7 +12,7 @@ def digits() -> Recipe:
         summary="Two different peers learn real 8x8 handwritten digits in under a minute on a CPU; what `make demo` runs.",
         source="our own",
         expect=">= 98.5 % on every peer and on fused, last epoch",
-        data=Data(name="digits", batch_size=64, eval_batch_size=450, pad=1, pad_mode="zero", flip=False),
+        data=Data(name="digits", batch_size=64, eval_batch_size=450),
         nets=Nets(names=("resnet8", "wrn16_2")),
         method=FFL.Config(),
         optim=Optim(lr=0.1, weight_decay=5e-4, clip=1.0),
