@@ -50,6 +50,11 @@ def fit(
     }
     for key, value in changes.items():
         recipe = change(recipe, short.get(key, key.replace("__", ".")), value)
+    have = (learner.spec.classes, learner.channels, learner.size)
+    want = (len(data.classes), data.channels, data.size)
+    if have != want:
+        text = "a learner of {} classes and {} x {} pixels".format(*have)
+        raise UsageError(f"{text} can't learn {data.name}, which has {want[0]} classes and {want[1]} x {want[2]} pixels")
     where = where or plan(recipe)
     progress = progress or Progress()
     path, source_dir = _folders(recipe, out, resume)
@@ -82,7 +87,7 @@ def recipe_of(learner: Learner, data: Source) -> Recipe:
     return Recipe(
         name=data.name if data.name == "custom" else f"my-{data.name}",
         summary="built from Python",
-        data=Data(name="custom", size=data.size),
+        data=getattr(data, "cfg", None) or Data(name="custom", size=data.size),
         nets=Nets(names=learner.cohort.names, share_stem=learner.cohort.shared, pretrained=learner.pretrained),
         method=methods.load(learner.config.name).Config.model_validate(learner.config.model_dump()),
         optim=Optim(),
