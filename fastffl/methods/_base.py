@@ -13,6 +13,8 @@ class Method(nn.Module):
     """One file, one method. A subclass sets the class variables, builds `self.graph`, and returns its made nodes.
 
     summary      the idea in two sentences           paper   authors, title, venue, year
+    status       faithful: its code or full text was read; partial: parts of it; reconstructed: neither
+    deviations   where this differs from the source, and what the source leaves open
     min_peers    fewest peers it makes sense for      stem    "either", "shared" or "separate"
     share        whether peers of equal architecture share their stem when the recipe does not say
     """
@@ -20,7 +22,8 @@ class Method(nn.Module):
     name: ClassVar[str]
     paper: ClassVar[str]
     summary: ClassVar[str]
-    status: ClassVar[str] = "faithful"
+    status: ClassVar[Literal["faithful", "partial", "reconstructed"]]
+    deviations: ClassVar[str]
     min_peers: ClassVar[int] = 1
     stem: ClassVar[Literal["either", "shared", "separate"]] = "either"
     share: ClassVar[bool] = False

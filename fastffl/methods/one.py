@@ -19,6 +19,8 @@ class ONE(Method):
     name = "one"
     paper = "Lan, Zhu and Gong, Knowledge Distillation by On-the-Fly Native Ensemble, NeurIPS 2018"
     summary = "Branches on one shared stem; a gate weighs their logits image by image. The gated ensemble teaches each branch."
+    status = "faithful"
+    deviations = "None from its code's loss and gate; the ramp is the code's, the paper has none."
     min_peers = 2
     stem = "shared"
     share = True

@@ -32,6 +32,7 @@ def test_names_and_facts(name: str) -> None:
         and kind.paper
         and kind.summary.endswith(".")
         and kind.status in ("faithful", "partial", "reconstructed")
+        and kind.deviations.endswith(".")
     )
     assert all(info.description or key == "name" for key, info in kind.Config.model_fields.items()), "every setting is explained"
 
