@@ -27,7 +27,7 @@ class FFL(Method):
     status = "faithful"
     deviations = (
         "None from the official code with the recipe ffl-cifar100-resnet32; the paper's text was not read. "
-        "Left open there: unequal nets (here the fused map is as wide as the widest peer, maps are averaged to the smallest grid) "
+        "Left open there: unequal nets (here the fused map is as wide as the widest peer, maps averaged to the smallest grid) "
         "and more than two peers (here terms are summed, not divided by their number)."
     )
     min_peers = 2
