@@ -223,6 +223,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="JSONL to append to; default bench/results/DEVICE/train.jsonl")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    module(args.official, "our_network")  # a wrong folder is told before minutes are spent
     made = bench_augment(args.rounds * 4) + bench_step(args.official, args.rounds)
     facts = circumstances()
     out = args.out or ROOT / "bench" / "results" / ("h200" if "H200" in facts["device"] else "cpu") / "train.jsonl"

@@ -24,7 +24,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu(self.bn1(self.conv1(x)), inplace=True)
         h = self.bn2(self.conv2(h))
-        h = h + (x if self.downsample is None else self.downsample(x))
+        h += x if self.downsample is None else self.downsample(x)  # in place: backward of BN does not need its output
         return F.relu(h, inplace=True)
 
 

@@ -23,7 +23,8 @@ class WideBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         a = F.relu(self.bn1(x), inplace=True)
         h = self.conv2(F.relu(self.bn2(self.conv1(a)), inplace=True))
-        return h + (x if self.shortcut is None else self.shortcut(a))
+        h += x if self.shortcut is None else self.shortcut(a)  # in place: backward of conv does not need its output
+        return h
 
 
 class WRN(nn.Module):
