@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from protocol import ROOT, circumstances, interleave, rows, write
 
 from fastffl import recipes
 from fastffl.data import Arrays, Place, Resident
@@ -29,6 +28,7 @@ from fastffl.train import Learner, optim
 from fastffl.train.device import plan
 from fastffl.train.step import Step
 from fastffl.values import Batch
+from protocol import ROOT, circumstances, interleave, rows, write
 
 PARITY_STEPS = 3
 BATCH = 128

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 
 import torch
-from fastffl_kernels import GraphEdge, GraphOut, distill_graph
 from torch import Tensor, nn
+
+from fastffl_kernels import GraphEdge, GraphOut, distill_graph
 
 from .values import Graph, Peers
 

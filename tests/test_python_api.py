@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from fastffl import Learner, evaluate, export, fit, source
 from fastffl.errors import FastFFLError, UsageError
 from fastffl.train.progress import Progress
-from safetensors.torch import load_file
 
 
 class Small(torch.nn.Module):

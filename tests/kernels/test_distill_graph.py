@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fastffl_kernels import GraphEdge, distill_graph, explain, use
 from torch import Tensor
+
+from fastffl_kernels import GraphEdge, distill_graph, explain, use
 
 
 def case(K: int, C: int, B: int = 7, dtype: torch.dtype = torch.float64, scale: float = 3.0) -> tuple[list[Tensor], Tensor]:

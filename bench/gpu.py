@@ -1,0 +1,210 @@
+"""Everything that wants a GPU, unattended and in blocks: first what could not be checked before, then figures, then training.
+
+    python bench/gpu.py --out DIR [--official DIR] [--data DIR] [--only checks,step,train] [--minutes 9] [--smoke]
+
+checks   the step on the device against the CPU, bf16 and fp16, no host read (torch's own sync detector), resume to the
+         same digest; one row each, `ok` or the reason
+step     bench/train.py: the FFL step against the authors' code (--official)
+train    ffl-cifar100-resnet32 --amp and its twin (--data), each resumed from DIR/runs where an earlier call stopped
+
+Rows are appended to DIR/gpu.jsonl as they come. Each block ends by itself when --minutes are over; a block that fails
+writes its reason and the next one runs. --smoke walks through all of it on the CPU with tiny sizes: its figures mean nothing.
+"""
+
+import argparse
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastffl import recipes
+from fastffl.data import Place, source
+from fastffl.recipe import Recipe, change
+from fastffl.train import Learner, fit, optim
+from fastffl.train.device import Plan, plan
+from fastffl.train.progress import Progress
+from fastffl.train.step import Step
+from fastffl.values import Batch
+from protocol import ROOT, circumstances, write
+
+Row = dict[str, Any]
+
+
+def made(recipe: Recipe, where: Plan, classes: int, channels: int, size: int) -> Step:
+    """A step as the trainer builds it."""
+    learner = Learner.build(recipe, classes, channels, size)
+    learner.amp_dtype = where.dtype
+    learner.to(where.device)
+    for part in (learner.cohort, learner.method):
+        part.to(memory_format=where.memory_format)
+    return Step(learner, optim.build(learner, recipe.optim), recipe, where.device)
+
+
+def losses(recipe: Recipe, device: str, steps: int = 3) -> list[float]:
+    """The first losses of a recipe's nets on random CIFAR-shaped images."""
+    where = plan(change(recipe, "run.device", device))
+    step = made(recipe, where, 100, 3, 32)
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(64, 3, 32, 32, generator=generator), torch.randint(0, 100, (64,), generator=generator)
+    values = []
+    for _ in range(steps):
+        step.rate(0.05)
+        images = x.to(where.device, memory_format=where.memory_format)
+        step(Batch(images, y.to(where.device), y))
+        values.append(float(step.meters.read()["loss"]))
+        step.meters.clear()
+    return values
+
+
+def small(recipe: str, **changes: str) -> Recipe:
+    made_ = change(recipes.load(recipe), "nets.names", "resnet8,resnet8")
+    for key, value in changes.items():
+        made_ = change(made_, key.replace("__", "."), value)
+    return made_
+
+
+def check_against_cpu(device: str, amp: str | None, limit: float) -> Row:
+    """The device's losses beside the CPU's in fp32."""
+    base = small("cifar100")
+    mixed = base if amp is None else change(change(base, "amp.enabled", "true"), "amp.dtype", amp)
+    want, got = losses(base, "cpu"), losses(mixed, device)
+    off = max(abs(a - b) / abs(b) for a, b in zip(got, want, strict=True))
+    return {"value": off, "unit": "largest relative loss difference", "ok": off < limit}
+
+
+def check_no_host_read(device: str) -> Row:
+    """Torch raises at any synchronising call inside the block; on the CPU there is nothing to detect."""
+    recipe = small("cifar100", amp__enabled="true", optim__clip="1.0", ema__decay="0.9")
+    where = plan(change(recipe, "run.device", device))
+    step = made(recipe, where, 100, 3, 32)
+    x = torch.randn(32, 3, 32, 32, device=where.device).contiguous(memory_format=where.memory_format)
+    y = torch.arange(32, device=where.device)
+    step(Batch(x, y, y))
+    cuda = where.device.type == "cuda"
+    if cuda:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        for k in range(5):
+            step.rate(0.01 * (k + 1))
+            step.ramp(k / 5)
+            step(Batch(x, y, y))
+    finally:
+        if cuda:
+            torch.cuda.set_sync_debug_mode("default")
+    return {"value": 0, "unit": "host reads in 5 steps", "ok": True}
+
+
+def check_resume(device: str) -> Row:
+    """A run stopped inside an epoch and gone on with, against the run that was never stopped, deterministic kernels."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        digests = []
+        with tempfile.TemporaryDirectory() as folder:
+            for name, limits in (("whole", [None]), ("cut", ["17", None])):
+                for limit in limits:
+                    recipe = small("digits", sched__epochs="2", run__device=device)
+                    recipe = recipe if limit is None else change(recipe, "run.max_steps", limit)
+                    where = plan(recipe)
+                    data = source(recipe.data, Place(where.device, where.memory_format))
+                    learner = Learner.build(recipe, 10, 1, 8)
+                    result = fit(learner, data, recipe, out=Path(folder) / name, progress=Progress(quiet=True))
+                digests.append(result.digest)
+        same = digests[0] == digests[1]
+        return {"value": int(same), "unit": "digests equal", "ok": same}
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def checks(args: argparse.Namespace, emit: Callable[..., None]) -> None:
+    device = "cpu" if args.smoke else "cuda"
+    todo: dict[str, Callable[[], Row]] = {
+        "step equals CPU, fp32": lambda: check_against_cpu(device, None, 2e-2),
+        "step near CPU, bf16": lambda: check_against_cpu(device, "bf16", 1e-1),
+        "step near CPU, fp16": lambda: check_against_cpu(device, "fp16", 1e-1),
+        "no host read in a step": lambda: check_no_host_read(device),
+        "resume to the same digest": lambda: check_resume(device),
+    }
+    for name, run in todo.items():
+        try:
+            emit("checks", name, **run())
+        except Exception as error:  # a failing check must not cost the blocks after it
+            emit("checks", name, ok=False, error=f"{type(error).__name__}: {str(error).splitlines()[0]}")
+            traceback.print_exc()
+
+
+def run_for(command: list[str], seconds: float) -> int:
+    """Run a command; after `seconds` it is asked to save and stop (SIGTERM). Its exit code."""
+    process = subprocess.Popen(command, cwd=ROOT)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        return process.wait(120)
+
+
+def step(args: argparse.Namespace, emit: Callable[..., None]) -> None:
+    if not args.official:
+        emit("step", "against the authors' code", ok=False, error="no --official DIR given")
+        return
+    rounds = "1" if args.smoke else "60"
+    command = [sys.executable, "bench/train.py", "--official", str(args.official), "--rounds", rounds]
+    code = run_for([*command, "--out", str(args.out / "train.jsonl")], 60 * args.minutes)
+    emit("step", "against the authors' code", ok=code == 0, rows="train.jsonl")
+
+
+def train(args: argparse.Namespace, emit: Callable[..., None]) -> None:
+    if not args.data and not args.smoke:
+        emit("train", "ffl-cifar100-resnet32", ok=False, error="no --data DIR given")
+        return
+    end = time.monotonic() + 60 * args.minutes
+    for name in ("ffl-cifar100-resnet32", "none-ffl-cifar100-resnet32"):
+        run = args.out / "runs" / name
+        command = [sys.executable, "-m", "fastffl", "train", "--amp", name, "--out", str(run)]
+        if args.smoke:
+            command += ["--set", "data.loader=synthetic", "--model", "resnet8,resnet8", "--epochs", "1"]
+            command += ["--set", "run.max_steps=2", "--set", "data.samples=256"]
+        else:
+            command += ["--data", str(args.data), "--set", "run.save_every=10"]
+        left = end - time.monotonic()
+        if left < 30:
+            emit("train", name, ok=False, error="out of time before it began; call again to go on")
+            continue
+        code = run_for(command, left)
+        emit("train", name, ok=code == 0, exit_code=code, run=f"runs/{name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--official", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--only", default="checks,step,train")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for each of step and train")
+    parser.add_argument("--smoke", action="store_true")
+    args = parser.parse_args()
+    if not args.smoke and not torch.cuda.is_available():
+        sys.exit("error: no CUDA device; --smoke walks through every block on the CPU")
+    args.out = args.out.resolve()
+    facts = circumstances()
+
+    def emit(block: str, case: str, **values: Any) -> None:
+        row = {"case": f"{block}: {case}", "variant": "smoke" if args.smoke else "ours", "ms": 0.0, **values}
+        write(args.out / "gpu.jsonl", [row], facts)
+        print(row, flush=True)
+
+    blocks = {"checks": checks, "step": step, "train": train}
+    for name in args.only.split(","):
+        if name not in blocks:
+            sys.exit(f"error: --only {name}: expected some of {', '.join(blocks)}")
+        blocks[name](args, emit)
+
+
+if __name__ == "__main__":
+    main()
