@@ -24,7 +24,7 @@ from .source import Place, held_split, portions
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")  # no others: Pillow runs a program for some (EPS)
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")  # no others: Pillow runs a program for some (EPS)
 MAX_PIXELS = 100_000_000  # decoded that is 300 MB
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
