@@ -233,6 +233,8 @@ def _parse(text: str, annotation: Any) -> Any:
     args = (annotation, *typing.get_args(annotation))
     if any(typing.get_origin(a) is tuple for a in args) and not text.startswith("["):
         return [t.strip() for t in text.split(",") if t.strip()]
+    if str in args:
+        return text  # a folder may be called 2024
     try:
         value = json.loads(text)
     except json.JSONDecodeError:

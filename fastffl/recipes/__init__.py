@@ -62,6 +62,8 @@ def from_dict(stored: Any, where: str) -> Recipe:
         first = error.errors()[0]
         path = ".".join(str(p) for p in first["loc"])
         raise UsageError(f"{where} is no recipe of this version: {f'{path}: ' if path else ''}{first['msg']}") from None
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
     except (KeyError, TypeError, RecursionError):
         raise UsageError(f"{where} is no recipe: expected the JSON of a run's recipe.json") from None
 
