@@ -66,7 +66,7 @@ def test_warm_up_rises_evenly_to_the_rate(name: str) -> None:
     rates = [schedule.rate(sched, Optim(lr=0.4), e, s, 5) for e in range(2) for s in range(5)]
     steps = [b - a for a, b in itertools.pairwise(rates)]
     assert rates[0] == pytest.approx(steps[0]) and steps == pytest.approx([steps[0]] * 9)
-    assert 0 < rates[0] and max(rates) < 0.4
+    assert rates[0] > 0 and max(rates) < 0.4
     assert schedule.rate(sched, Optim(lr=0.4), 2, 0, 5) == pytest.approx(0.4)
 
 

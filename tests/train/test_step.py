@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from fastffl_kernels import GraphOut
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,6 +14,7 @@ from fastffl.recipe import Recipe
 from fastffl.train import Learner, checkpoint, optim
 from fastffl.train.step import LIMIT, Step
 from fastffl.values import Batch
+from fastffl_kernels import GraphOut
 from tests.train import tiny
 
 CPU = torch.device("cpu")
