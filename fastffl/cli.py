@@ -285,7 +285,8 @@ def methods(name: str | None = None, /, *, json: Json = False) -> None:
         spec = CohortSpec(nets=("resnet32",) * k, classes=100, maps=(MapSpec(64, 8, 8),) * k, stem=stem)
         made = m(m.Config(name=m.name), spec)
         extra = sum(p.numel() for p in made.parameters())
-        _say(f"{m.name}: {m.summary}\npaper:  {m.paper}\nstatus: {m.status}. {m.deviations}\nstem:   {m.stem}, peers: {m.min_peers} or more\n")
+        _say(f"{m.name}: {m.summary}\npaper:  {m.paper}\nstatus: {m.status}. {m.deviations}")
+        _say(f"stem:   {m.stem}, peers: {m.min_peers} or more\n")
         _say(f"graph of {k} peers:\n  " + made.graph.text().replace("\n", "\n  "))
         _say(f"\nextra parameters while training (2 x resnet32, 100 classes): {extra:,}\nsettings (--set method.KEY=VALUE):")
         for key, info in m.Config.model_fields.items():

@@ -78,7 +78,7 @@ def _described(name: str, options: dict[str, Any]) -> Data:
         options = {"root": name, **options}
         name = "folder"
     try:
-        return Data(name=name, **options)  # type: ignore[arg-type]
+        return Data(name=name, **options)
     except ValidationError as error:
         first = error.errors()[0]
         raise DataError(f"source({name!r}): {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
