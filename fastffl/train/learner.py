@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from fastffl_kernels import GraphOut
 from torch import Tensor, nn
+
+from fastffl_kernels import GraphOut
 
 from .. import methods
 from ..errors import UsageError

@@ -17,7 +17,7 @@ import torch
 
 from fastffl.errors import DataError, DiskError, NumericsError, UsageError
 from fastffl.evaluation import evaluate
-from fastffl.train import checkpoint, optim
+from fastffl.train import checkpoint, loop, optim
 from fastffl.train.progress import Progress
 from fastffl.train.rundir import rows_of
 from fastffl.train.step import LIMIT, Step
@@ -88,6 +88,13 @@ def test_training_stops_after_three_failures_in_a_row(tmp_path: Path) -> None:
     result = tiny.train(run, made)  # room was made: the same command goes on
     assert result.digest == tiny.train(tmp_path / "whole", made).digest
     assert tiny.plain_rows(run) == tiny.plain_rows(tmp_path / "whole")
+
+
+def test_failures_that_are_not_in_a_row_do_not_stop(tmp_path: Path) -> None:
+    run, said = tmp_path / "run", Said()
+    with full_disk(run, lambda: len(rows_of(run)) in (1, 2, 4, 5), part="/last/"):
+        assert tiny.train(run, tiny.recipe(sched__epochs=7), progress=said.progress).epochs == 7
+    assert [line[-len("1 of 3)") :] for line in said.lines("warning")] == ["1 of 3)", "2 of 3)"] * 2
 
 
 def test_a_last_save_that_fails_is_an_error(tmp_path: Path) -> None:
@@ -186,6 +193,21 @@ def test_last_and_best_are_of_every_vote(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "best").glob("*.pt")] == [f"step-{best['position']['step']:09d}.pt"]
     document = json.loads(result.json_text())
     assert document["epochs"] == 8 and document["steps"] == 8 * STEPS and document["results"] == result.results
+
+
+def test_of_equal_scores_the_first_is_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([50.0, 60.0, 60.0, 40.0])
+
+    def scored(learner: Any, *args: Any) -> dict[str, dict[str, Any]]:
+        top1 = next(scores)
+        return {v: {"top1": top1, "top5": 100.0, "nll": 1.0, "samples": 20} for v in learner.graph.scored}
+
+    monkeypatch.setattr(loop, "evaluate", scored)
+    result = tiny.train(tmp_path, tiny.recipe(sched__epochs=4))
+    for r in result.results.values():
+        assert (r["last"], r["best"], r["best_epoch"]) == (40.0, 60.0, 2)
+    best = checkpoint.newest(tmp_path / "best")
+    assert best is not None and best["position"]["epoch"] == 2
 
 
 def test_evaluations_and_checkpoints_come_when_asked_and_at_the_end(tmp_path: Path) -> None:
@@ -288,6 +310,4 @@ def test_control_a_leak_is_seen() -> None:
 
 
 def test_the_trainer_is_lean() -> None:
-    import fastffl.train.loop as loop
-
     assert len(Path(loop.__file__).read_text().splitlines()) <= 350

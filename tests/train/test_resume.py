@@ -1,6 +1,7 @@
 """A resumed run is the uninterrupted one, bit for bit: at any cut, in any precision, with every part of its state needed."""
 
 import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fastffl.errors import CheckpointError, Interrupted, NumericsError, UsageErr
 from fastffl.recipe import change
 from fastffl.train import checkpoint
 from fastffl.train.loop import TRAINED
+from fastffl.train.progress import Progress
 from fastffl.train.rundir import RunDir, rows_of
 from tests.train import tiny
 from tests.train.tiny import EPOCHS, STEPS
@@ -293,7 +295,9 @@ def test_going_on_in_another_folder(tmp_path: Path, uninterrupted: dict[str, Any
     with pytest.raises(Interrupted):
         tiny.train(b, resume=str(a), data=tiny.SignalAt(STEPS + 4))
     assert tiny.stored(b)["position"]["step"] == STEPS + 5
-    assert tiny.train(b, resume=str(a)).digest == uninterrupted["fp32"][0]  # the same command: goes on from b, not from a
+    said = io.StringIO()
+    assert tiny.train(b, resume=str(a), progress=Progress(said)).digest == uninterrupted["fp32"][0]
+    assert f"resumed at epoch 2, step {STEPS + 5} of" in said.getvalue()  # the same command: goes on from b, not from a
     assert sorted(a.rglob("*.pt")) == before
     assert tiny.plain_rows(b) == uninterrupted["fp32"][2][1:]
 
