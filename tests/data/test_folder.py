@@ -327,6 +327,7 @@ def test_pixels_depend_on_seed_epoch_and_id_alone(tmp_path: Path) -> None:
         assert all(torch.equal(b.x[k], seen[int(i)]) for k, i in enumerate(b.id))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
 def test_workers_give_the_same_batches(tmp_path: Path) -> None:
     root = folder(tmp_path, {"train/a": 5, "train/b": 4, "val/a": 2, "val/b": 1})
     alone, helped = open_folder(root), open_folder(root, workers=2)
