@@ -29,7 +29,8 @@ def fit(
     where: Plan | None = None,
     **changes: Any,
 ) -> Result:
-    """Train `learner` on `data`, in place, and return the Result.
+    """Train `learner` on `data`, in place, and return the Result. It ends with the weights that were scored: with
+    ema.decay those of the moving average.
 
         fit(learner, data, epochs=30, lr=0.05, amp=True, out="runs/parts")
 
@@ -77,7 +78,10 @@ def fit(
                 trainer.saved_at = trainer.position
         else:
             run.begin(recipe, environment())
-        return trainer.fit()
+        result = trainer.fit()
+        if trainer.step.average:
+            learner.load_state_dict(trainer.step.average.model.state_dict())
+        return result
     finally:
         run.close()
 
