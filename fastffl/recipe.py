@@ -133,7 +133,7 @@ class Run(Section):
     threads: int | None = Field(None, ge=1, le=4096)
     """CPU threads; None: torch's own choice. Other thread counts round differently"""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
-    """layout of the images and weights; auto: channels_last on CUDA and on CPUs with AVX-512"""
+    """layout of the images and weights; auto: channels_last on CUDA and on CPUs with AMX"""
     max_steps: int | None = Field(None, ge=1)
     """stop after so many optimizer steps; None: after the last epoch"""
     log_every: int = Field(50, ge=1)

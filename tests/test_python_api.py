@@ -56,7 +56,7 @@ def test_the_learner_is_trained_in_place_and_again_from_the_run(tmp_path: Path) 
 def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     data = source("digits")
     learner = Learner(["resnet8"], "none", classes=10, channels=1, size=8)
-    with pytest.raises(UsageError, match="sched.epochz"):
+    with pytest.raises(UsageError, match=r"sched\.epochz"):
         fit(learner, data, sched__epochz=3, out=tmp_path / "x")
     with pytest.raises(FastFFLError, match="10 classes"):
         fit(Learner(["resnet8"], "none", classes=9, channels=1, size=8), data, epochs=1, out=tmp_path / "y")

@@ -4,7 +4,7 @@ import sys
 import time
 from typing import Any, TextIO
 
-from .rundir import printable
+from ..errors import printable
 
 
 class Progress:

@@ -6,20 +6,12 @@ import fcntl
 import json
 import os
 import platform
-import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import DiskError, UsageError
+from ..errors import DiskError, UsageError, printable
 from ..recipe import Recipe
 from .checkpoint import write_file
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
-def printable(text: str) -> str:
-    """Text with control and direction characters shown as escapes, so that a name can't forge lines of a log."""
-    return _CONTROL.sub(lambda m: m[0].encode("unicode_escape").decode(), text)
 
 
 class RunDir:
