@@ -190,11 +190,11 @@ def evaluate(
         wanted.append((m[1], float(m[2])))
     with _quiet_stdout(json):
         from .evaluation import evaluate as score
-        from .runs import open_run, vote_of
+        from .runs import open_run
 
         opened = open_run(run, which=checkpoint, root=data, device=device)
         for name in [*([vote] if vote else []), *(v for v, _ in wanted)]:
-            vote_of(opened.learner, name)
+            opened.learner.vote(name)
         assert opened.data is not None
         found = score(opened.learner, opened.data, split, opened.recipe.data.eval_batch_size)
         shown = {v: s for v, s in found.items() if vote in (None, v)}
@@ -222,15 +222,13 @@ def export(
     with _quiet_stdout(json):
         from .exporting import SUFFIX
         from .exporting import export as write
-        from .runs import open_run, vote_of
+        from .runs import open_run
 
         opened = open_run(run, which=checkpoint, device="cpu", data=False)
-        net = opened.learner.net_of(vote_of(opened.learner, vote))
+        net = opened.learner.net_of(opened.learner.vote(vote))
         target = Path(out) if out else Path(run) / f"{net}-{vote}{SUFFIX[format]}"
-        cfg = opened.recipe.data
         facts = {"recipe": opened.recipe.name, "step": str(opened.position["step"])}
-        if cfg.mean and cfg.std:
-            facts |= {"mean": ",".join(map(str, cfg.mean)), "std": ",".join(map(str, cfg.std))}
+        facts |= {name: ",".join(map(str, values)) for name, values in zip(("mean", "std"), opened.normal, strict=True)}
         path, off = write(opened.learner, vote, target, format, classes=opened.classes, facts=facts)
         if not json:
             _say(f"wrote {printable(str(path))}   {path.stat().st_size / 2**20:.2f} MiB   largest logit difference {off:.1e}")

@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from . import recipes
 from .data import Place, Source, source
 from .errors import CheckpointError, UsageError
@@ -21,6 +19,7 @@ class OpenRun(NamedTuple):
     where: Plan
     position: dict[str, int]
     classes: list[str]
+    normal: tuple[list[float], list[float]]  # per-channel mean and std the images were normalised by
 
 
 def open_run(path: str, *, which: str = "last", root: str | None = None, device: str | None = None, data: bool = True) -> OpenRun:
@@ -44,6 +43,7 @@ def open_run(path: str, *, which: str = "last", root: str | None = None, device:
         stored, classes, position = json.loads(state["recipe"]), list(state["classes"]), dict(state["position"])
         channels, size = (int(n) for n in state["shape"])
         changed = differences(stored, recipe)
+        mean, std = ([float(v) for v in part] for part in state["normal"])
         weights = state["average"]["model"] if recipe.ema.decay else state["learner"]
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise CheckpointError(
@@ -76,16 +76,4 @@ def open_run(path: str, *, which: str = "last", root: str | None = None, device:
     learner.to(where.device)
     for module in (learner.cohort, learner.method):
         module.to(memory_format=where.memory_format)
-    return OpenRun(recipe, opened, learner.eval(), where, position, classes)
-
-
-def vote_of(learner: Learner, vote: str) -> str:
-    """`vote` if the learner has it. UsageError with the votes it has."""
-    if vote not in learner.graph.scored:
-        raise UsageError(f"no vote is called {vote!r}; this run has {', '.join(learner.graph.scored)}")
-    return vote
-
-
-def same_logits(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest absolute difference of two sets of logits."""
-    return float((a - b).abs().max()) if a.numel() else 0.0
+    return OpenRun(recipe, opened, learner.eval(), where, position, classes, (mean, std))

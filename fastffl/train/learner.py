@@ -110,6 +110,12 @@ class Learner(nn.Module):
             made = self.method.nodes(peers)
         return scores(self.graph, peers, made)
 
+    def vote(self, name: str) -> str:
+        """`name`, if this learner has such a vote. UsageError with the votes it has."""
+        if name not in self.graph.scored:
+            raise UsageError(f"no vote is called {name!r}; this run has {', '.join(self.graph.scored)}")
+        return name
+
     def net_of(self, vote: str) -> str:
         """What a vote is: a peer's architecture, or the vote's own name."""
         return self.cohort.names[int(vote[1:])] if vote in self.graph.peers else vote

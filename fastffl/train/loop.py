@@ -120,6 +120,7 @@ class Trainer:
             "recipe": self.recipe.json_text(),
             "classes": list(self.data.classes),
             "shape": [self.data.channels, self.data.size],
+            "normal": [list(self.data.mean), list(self.data.std)],
             "time": {"seconds": self.seconds, "wait": self.wait, "images": self.images},
         }
 
