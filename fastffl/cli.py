@@ -382,6 +382,9 @@ def _usage(error: cyclopts.CycloptsError, words: list[str]) -> str:
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run one command. Exit codes: 0 done, 1 failed, 2 wrong use, 3 threshold missed, 130 and 143 interrupted after saving."""
     words = sys.argv[1:] if argv is None else argv
+    # How long an idle OpenMP thread spins, read when torch loads. Its default costs nothing alone, but with two other
+    # processes on two cores a run took 94 s for 2 to 9 s of work: the threads that wait take the cores of those that compute.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         code = app(words or ["--help"], exit_on_error=False, print_error=False, result_action="return_value")
     except FastFFLError as error:

@@ -1,7 +1,10 @@
 """What all tests share: real data where it is at hand, fixed threads, and memory that shows when it was never written."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch loads, as the command line does: see fastffl.cli.main
 
 import pytest
 import torch

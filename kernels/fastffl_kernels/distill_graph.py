@@ -46,11 +46,11 @@ class GraphOut(NamedTuple):
 
 def rank(z: Tensor, y: Tensor) -> Tensor:
     """How many classes come before the label, z (B, C), y (B,) -> (B,) int64. Among equal logits the lowest class comes
-    first; a NaN row never puts its label in front."""
+    first; a label whose logit is NaN is never among the first TOP."""
     z_y = z.gather(1, y[:, None])
     c = torch.arange(z.shape[1], device=z.device)
     behind = (z < z_y) | ((z == z_y) & (c >= y[:, None]))
-    return (~behind).sum(1)
+    return (~behind).sum(1) + TOP * z_y[:, 0].isnan()
 
 
 def distill_graph_reference(

@@ -157,11 +157,13 @@ def test_counts_are_argmax_and_topk(C: int) -> None:
 
 
 def test_constant_logits_do_not_score() -> None:
-    """All-equal logits say class 0, not `right`; a NaN row is never right."""
+    """All-equal logits say class 0, not `right`; a NaN row is never right, not even among the first five of three."""
     z = torch.zeros(4, 10)
     z[3] = math.nan
     out = distill_graph((z,), torch.tensor([0, 1, 9, 0]), ((0, 1.0),), (), torch.zeros(0))
-    assert int(out.top1[0]) == 1
+    assert int(out.top1[0]) == 1 and int(out.top5[0]) == 2
+    few = distill_graph((z[:, :3],), torch.tensor([0, 1, 2, 0]), ((0, 1.0),), (), torch.zeros(0))
+    assert int(few.top1[0]) == 1 and int(few.top5[0]) == 3
     assert math.isnan(float(out.loss))  # a NaN row is never a silent number
 
 
