@@ -77,4 +77,6 @@ def write(path: Path, new: list[dict[str, Any]], facts: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         for row in new:
-            file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in {**row, **facts}.items()}) + "\n")
+            file.write(
+                json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in {**row, **facts}.items()}) + "\n"
+            )

@@ -4,7 +4,8 @@
 
 DIR is a checkout of the public repository Jangho-Kim/FFL-pytorch; its modules are imported from there. Both sides start
 from the same weights and see the same images. Before timing, both take `PARITY_STEPS` steps and their losses are
-compared: the largest relative difference stands in the rows as max_err.
+compared: the largest relative difference stands in the rows as max_err (at the timed dtype, where rounding grows from step
+to step at rate 0.1) and as parity_f64 (the same in float64: that the two compute the same thing).
 """
 
 import argparse
@@ -145,6 +146,29 @@ def synchronized(call: Callable[[], Any]) -> Callable[[], None]:
     return run
 
 
+def parity(folder: Path, depth: int) -> float:
+    """Largest relative difference of the two sides' losses over PARITY_STEPS updates in float64: rounding only, if equal."""
+    recipe = change(recipes.load("ffl-cifar100-resnet32"), "nets.names", f"resnet{depth},resnet{depth}")
+    recipe = change(change(recipe, "run.memory_format", "contiguous"), "run.device", "cpu")
+    torch.manual_seed(1)
+    x, y = torch.randn(16, 3, 32, 32, dtype=torch.float64), torch.randint(0, 100, (16,))
+    official = Official(folder, depth, torch.device("cpu"))
+    official.net.double()
+    official.fusion.double()
+    learner = Learner.build(recipe, 100, 3, 32).double()
+    learner.load_state_dict(renamed(official.net.state_dict(), official.fusion.state_dict()))
+    step = Step(learner, optim.build(learner, recipe.optim), recipe, torch.device("cpu"))
+    step.rate(0.1)
+    step.ramp(0.5)
+    worst = 0.0
+    for _ in range(PARITY_STEPS):
+        want = official.step(x, y)
+        step(Batch(x, y, y))
+        worst = max(worst, abs(float(step.meters.read()["loss"]) - want) / abs(want))
+        step.meters.clear()
+    return worst
+
+
 def bench_step(folder: Path, rounds: int, depth: int = 32) -> list[dict[str, Any]]:
     """One optimizer step at the official shapes: two ResNets on a shared stem, 128 CIFAR-100 images."""
     base = recipes.load("ffl-cifar100-resnet32")
@@ -165,11 +189,13 @@ def bench_step(folder: Path, rounds: int, depth: int = 32) -> list[dict[str, Any
         errors[name] = max(abs(a - b) / abs(b) for a, b in zip(got, want, strict=True))
     variants = {"official": synchronized(lambda: official.step(x, y))}
     variants |= {name: synchronized(lambda mine=mine: mine(x, y)) for name, mine in ours.items()}  # type: ignore[misc]
+    exact = parity(folder, depth)
     made = rows(f"ffl step resnet{depth} x2 shared, batch {BATCH}", interleave(variants, rounds), "official")
     for row in made:
         row["img_s"] = 1e3 * BATCH / row["ms"]
         row["max_err"] = errors.get(row["variant"], 0.0)
         if row["variant"] in ours:
+            row["parity_f64"] = exact
             row["plan"] = ours[row["variant"]].where.text
     return made
 
