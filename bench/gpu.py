@@ -39,11 +39,7 @@ Row = dict[str, Any]
 
 def made(recipe: Recipe, where: Plan, classes: int, channels: int, size: int) -> Step:
     """A step as the trainer builds it."""
-    learner = Learner.build(recipe, classes, channels, size)
-    learner.amp_dtype = where.dtype
-    learner.to(where.device)
-    for part in (learner.cohort, learner.method):
-        part.to(memory_format=where.memory_format)
+    learner = Learner.build(recipe, classes, channels, size).place(where)
     return Step(learner, optim.build(learner, recipe.optim), recipe, where.device)
 
 

@@ -118,10 +118,7 @@ class Ours:
         self.learner = Learner.build(recipe, 100, 3, 32)
         if weights:
             self.learner.load_state_dict(weights)
-        self.learner.amp_dtype = self.where.dtype
-        self.learner.to(self.where.device)
-        for part in (self.learner.cohort, self.learner.method):
-            part.to(memory_format=self.where.memory_format)
+        self.learner.place(self.where)
         self.step = Step(self.learner, optim.build(self.learner, recipe.optim), recipe, self.where.device)
         self.step.rate(0.1)
         self.step.ramp(0.5)

@@ -220,13 +220,13 @@ def export(
 ) -> None:
     """Write one peer as a plain model, or the fused classifier; compared with the trained logits first."""
     with _quiet_stdout(json):
-        from .exporting import SUFFIX
         from .exporting import export as write
+        from .exporting import file_name
         from .runs import open_run
 
         opened = open_run(run, which=checkpoint, device="cpu", data=False)
         net = opened.learner.net_of(opened.learner.vote(vote))
-        target = Path(out) if out else Path(run) / f"{net}-{vote}{SUFFIX[format]}"
+        target = Path(out) if out else Path(run) / file_name(opened.learner, vote, format)
         facts = {"recipe": opened.recipe.name, "step": str(opened.position["step"])}
         facts |= {name: ",".join(map(str, values)) for name, values in zip(("mean", "std"), opened.normal, strict=True)}
         path, off = write(opened.learner, vote, target, format, classes=opened.classes, facts=facts)

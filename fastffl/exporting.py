@@ -1,13 +1,18 @@
 """Export: one plain peer, or the fused classifier, checked against the trained logits before anything is written."""
 
+import copy
 import io
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+import safetensors
+import safetensors.torch
+import timm
 import torch
 from torch import Tensor, nn
 
+from . import methods
 from .errors import FastFFLError, UsageError
 from .nets import ZOO, plain
 from .train import Learner
@@ -29,34 +34,10 @@ class OneVote(nn.Module):
         return self.learner.votes(x)[self.vote]
 
 
-def _onnx(module: nn.Module, x: Tensor, classes: list[str], facts: dict[str, str]) -> bytes:
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UsageError(f'--format onnx needs {error.name}: pip install "fastffl[onnx]"') from None
-    batch = torch.export.Dim("batch", min=1)
-    program = torch.onnx.export(
-        module, (x,), dynamo=True, dynamic_shapes=({0: batch},), input_names=["images"], output_names=["logits"]
-    )
-    assert program is not None
-    proto = program.model_proto
-    for key, value in facts.items():
-        entry = proto.metadata_props.add()
-        entry.key, entry.value = key, value
-    data = proto.SerializeToString()
-    onnx.checker.check_model(data)
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    for n in (1, len(x)):
-        got = torch.from_numpy(session.run(None, {"images": x[:n].numpy()})[0])
-        want = module(x[:n])
-        off = float((got - want).abs().max()) / max(float(want.abs().max()), 1.0)
-        if off > ONNX_LIMIT:
-            raise FastFFLError(
-                f"ONNX logits differ by {off:.1e} of the largest logit at batch {n} (limit {ONNX_LIMIT:g}): not written"
-            )
-    return data
+def file_name(learner: Learner, vote: str, format: Format = "safetensors") -> str:
+    """resnet8-p0.safetensors, fused.safetensors, ..."""
+    net = learner.net_of(vote)
+    return (f"{net}-{vote}" if net != vote else vote) + SUFFIX[format]
 
 
 @torch.no_grad()
@@ -71,9 +52,9 @@ def export(
 ) -> tuple[Path, float]:
     """Write one vote of a trained learner and return the file and the largest logit difference that was measured.
 
-    A peer becomes the plain net's state: it loads with strict=True into the model its name builds, here or in timm, and
-    that is done and compared before the file is written. Other votes (fused, mean, gate) are written whole: their peers,
-    fusion module and all, less what they do not use.
+    A peer becomes the plain net's state: it loads with strict=True into the model its name builds, here or in timm. Other
+    votes (fused, mean, gate) are written with their peers and modules, less the parameters they do not depend on;
+    `load(file)` builds them again. Either is loaded into fresh modules and compared before the file is written.
 
     format    safetensors or torch: weights; onnx: the whole computation with a free batch size
     classes   class names, facts: further text; both are stored in the file's metadata
@@ -81,39 +62,39 @@ def export(
     learner.vote(vote)
     if format not in SUFFIX:
         raise UsageError(f"no format is called {format!r}; expected {', '.join(SUFFIX)}")
-    net = learner.net_of(vote)
-    path = Path(out) if out else Path(f"{net}-{vote}{SUFFIX[format]}" if net != vote else f"{vote}{SUFFIX[format]}")
+    path = Path(out) if out else Path(file_name(learner, vote, format))
     was, dtype = learner.training, learner.amp_dtype
     learner.eval()
     learner.amp_dtype = None  # a plain model runs in fp32, so that is what is compared
     try:
-        weight = next(learner.parameters())
+        device = next(learner.parameters()).device
         x = torch.randn(5, learner.channels, learner.size, learner.size, generator=torch.Generator().manual_seed(0))
-        want = learner.votes(x.to(weight.device))[vote].cpu()
-        count = len(learner.graph.peers)
+        want = learner.votes(x.to(device))[vote].cpu()
         about = {
             "format": "fastffl",
-            "net": net,
+            "net": learner.net_of(vote),
             "vote": vote,
             "nets": ",".join(learner.cohort.names),
+            "method": learner.config.model_dump_json(),
+            "shared": json.dumps(learner.cohort.shared),
             "shape": f"{learner.channels},{learner.size},{learner.size}",
             "classes": json.dumps(classes or [str(c) for c in range(want.shape[1])]),
             **(facts or {}),
         }
-        if vote in learner.graph.peers:
-            trained = learner.cohort.nets[int(vote[1:])].plain
-            state = {k: v.detach().cpu().clone().contiguous() for k, v in trained.state_dict().items()}
-            off = _plain_difference(learner, net, state, x, want, trained)
-            module: nn.Module = trained
+        state = {k: v.detach().cpu().clone().contiguous() for k, v in _state(learner, vote).items()}
+        own = [n for n in learner.cohort.names if not (n in ZOO or timm.is_model(n))]
+        if own:  # classes of the user's own, which no name builds
+            fresh: nn.Module = copy.deepcopy(_module(learner, vote)).cpu()
         else:
-            state = {k: v.detach().cpu().clone().contiguous() for k, v in _needed(learner, vote, count).items()}
-            off, module = 0.0, OneVote(learner, vote)
+            fresh = _built(state, about)
+        fresh.to(device).to(memory_format=learner.layout).eval()  # the same kernels, so that equal means equal bits
+        off = float((fresh(x.to(device)).cpu() - want).abs().max())
+        if off > 1e-4 * max(float(want.abs().max()), 1.0):
+            raise FastFFLError(f"the exported {vote} gives other logits than the trained one (by {off:.1e}): not written")
         if format == "onnx":
-            data = _onnx(_on_cpu(module, learner), x, classes or [], about)
+            data, off = _onnx(fresh.cpu().to(memory_format=torch.contiguous_format), x, about)
         elif format == "safetensors":
-            from safetensors.torch import save
-
-            data = save(state, metadata=about)
+            data = safetensors.torch.save(state, metadata=about)
         else:
             buffer = io.BytesIO()
             torch.save({"state": state, "about": about}, buffer)
@@ -124,54 +105,106 @@ def export(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
-            raise UsageError(
-                f"can't write {path}: it is a folder; name a file in it, for example --out {path / 'net'}{SUFFIX[format]}"
-            )
+            example = f"--out {path / 'net'}{SUFFIX[format]}"
+            raise UsageError(f"can't write {path}: it is a folder; name a file in it, for example {example}")
     except OSError as error:
         raise UsageError(f"can't write {path}: {error.strerror}; choose another --out FILE") from None
     write_file(path, data)
     return path, off
 
 
-def _on_cpu(module: nn.Module, learner: Learner) -> nn.Module:
-    import copy
+def load(file: str | Path) -> tuple[nn.Module, dict[str, str]]:
+    """An exported .safetensors or .pt file as a module in eval mode, (B, channels, S, S) -> (B, classes), and its metadata.
 
-    return copy.deepcopy(module).cpu().eval().to(memory_format=torch.contiguous_format)
-
-
-def _plain_difference(learner: Learner, net: str, state: dict[str, Tensor], x: Tensor, want: Tensor, trained: Any) -> float:
-    """Load the state into the plain model of that name with strict=True and compare logits. FastFFLError if they differ."""
-    import copy
-
-    import timm
-
-    if net in ZOO or timm.is_model(net):
-        fresh = plain(net, want.shape[1], learner.channels, learner.size)
-    else:
-        fresh = copy.deepcopy(trained).cpu()  # a module of the user's own: the class is theirs to build
-    fresh.load_state_dict(state, strict=True)
-    weight = next(learner.parameters())
-    layout = torch.channels_last if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last) else None
-    if layout is not None:
-        fresh.to(memory_format=layout)  # the same kernels, so that equal means equal bits
-    got = fresh.to(weight.device).eval()(x.to(weight.device)).cpu()
-    off = float((got - want).abs().max())
-    if off > 1e-4 * max(float(want.abs().max()), 1.0):
-        raise FastFFLError(
-            f"the exported {net} gives other logits than the trained peer (largest difference {off:.1e}): not written"
-        )
-    return off
+    UsageError where the file is not such an export, or is of a net that no name builds.
+    """
+    path = Path(file)
+    try:
+        if path.suffix == SUFFIX["torch"]:
+            stored = torch.load(path, weights_only=True)
+            state, about = stored["state"], stored["about"]
+        else:
+            with safetensors.safe_open(path, "pt") as reader:
+                about = reader.metadata() or {}
+                state = {k: reader.get_tensor(k) for k in reader.keys()}  # noqa: SIM118  not a dict
+        return _built(state, about).eval(), about
+    except UsageError:
+        raise
+    except Exception as error:  # torch and safetensors raise many kinds on foreign files
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{path} can't be read as an export of fastffl: {why}") from None
 
 
-def _needed(learner: Learner, vote: str, count: int) -> dict[str, Tensor]:
-    """The learner's state without the peers' classifiers where the vote does not look at the peers' logits."""
-    state = {k: v for k, v in learner.state_dict().items() if not k.startswith("loss.")}
-    if vote != "fused":
-        return state
-    heads = []
-    for k, net in enumerate(learner.cohort.nets):
-        head = getattr(net.plain, "get_classifier", None)
-        name = next((n for n, m in net.plain.named_modules() if m is (head() if head else getattr(net.plain, "fc", None))), None)
-        if name:
-            heads.append(f"cohort.p{k}.plain.{name}.")
-    return {k: v for k, v in state.items() if not any(k.startswith(h) for h in heads)}
+def _module(learner: Learner, vote: str) -> nn.Module:
+    """The vote as a module: a peer's plain net, else the learner answering with that vote."""
+    return learner.cohort.nets[int(vote[1:])].plain if vote in learner.graph.peers else OneVote(learner, vote)
+
+
+def _unused(learner: Learner, vote: str) -> set[str]:
+    """Names of the parameters a vote does not depend on: the peers' classifiers, for FFL's fused."""
+    with torch.enable_grad():
+        x = torch.zeros(2, learner.channels, learner.size, learner.size, device=next(learner.parameters()).device)
+        named = [(n, p) for n, p in learner.named_parameters(remove_duplicate=False) if p.requires_grad]
+        grads = torch.autograd.grad(learner.votes(x)[vote].sum(), [p for _, p in named], allow_unused=True)
+    return {n for (n, _), g in zip(named, grads, strict=True) if g is None}
+
+
+def _state(learner: Learner, vote: str) -> dict[str, Tensor]:
+    if vote in learner.graph.peers:
+        return _module(learner, vote).state_dict()
+    unused = _unused(learner, vote)
+    return {k: v for k, v in learner.state_dict().items() if k not in unused}
+
+
+def _built(state: dict[str, Tensor], about: dict[str, str]) -> nn.Module:
+    """A fresh module of an export's metadata with its state, which must fit exactly."""
+    channels, size, _ = (int(n) for n in about["shape"].split(","))
+    classes, vote = len(json.loads(about["classes"])), about["vote"]
+    if about["net"] != vote:
+        net = plain(about["net"], classes, channels, size)
+        net.load_state_dict(state, strict=True)
+        return net
+    stored = json.loads(about["method"])
+    config = methods.load(stored["name"]).Config.model_validate(stored)
+    shared = json.loads(about["shared"])
+    learner = Learner(about["nets"].split(","), config, classes=classes, channels=channels, size=size, share_stem=shared)
+    keys = learner.eval().load_state_dict(state, strict=False)
+    if keys.unexpected_keys or set(keys.missing_keys) != _unused(learner, vote):
+        raise UsageError(f"the exported {vote} does not fit its nets: {[*keys.unexpected_keys, *keys.missing_keys][:3]}")
+    return OneVote(learner, vote)
+
+
+def _onnx(module: nn.Module, x: Tensor, about: dict[str, str]) -> tuple[bytes, float]:
+    """ONNX bytes of a module and the largest logit difference of onnxruntime over two batch sizes."""
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f'--format onnx needs {error.name}: pip install "fastffl[onnx]"') from None
+    program = torch.onnx.export(
+        module,
+        (x,),
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    proto = program.model_proto
+    for key, value in about.items():
+        entry = proto.metadata_props.add()
+        entry.key, entry.value = key, value
+    data = proto.SerializeToString()
+    onnx.checker.check_model(data)
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for n in (1, len(x)):
+        got = torch.from_numpy(session.run(None, {"images": x[:n].numpy()})[0])
+        want = module(x[:n])
+        off = float((got - want).abs().max())
+        if off > ONNX_LIMIT * max(float(want.abs().max()), 1.0):
+            raise FastFFLError(f"ONNX logits differ by {off:.1e} at batch {n} (limit {ONNX_LIMIT:g} of the largest): not written")
+        worst = max(worst, off)
+    return data, worst

@@ -138,6 +138,8 @@ class Run(Section):
     """stop after so many optimizer steps; None: after the last epoch"""
     log_every: int = Field(50, ge=1)
     """steps between two reads of the device's meters"""
+    loggers: tuple[Literal["tb", "wandb"], ...] = ()
+    """also send every row to TensorBoard (RUN/tb) or Weights & Biases"""
     save_every: int = Field(1, ge=1)
     """epochs between two checkpoints"""
     eval_every: int = Field(1, ge=1)
@@ -179,7 +181,16 @@ class Recipe(Section):
 SECTIONS = ("data", "nets", "method", "optim", "sched", "amp", "ema", "run")
 
 # What may differ between a checkpoint and the recipe that resumes it: nothing of it changes what is computed.
-FREE = {"run.device", "run.max_steps", "run.log_every", "run.save_every", "run.threads", "data.root", "data.workers"}
+FREE = {
+    "run.device",
+    "run.max_steps",
+    "run.log_every",
+    "run.loggers",
+    "run.save_every",
+    "run.threads",
+    "data.root",
+    "data.workers",
+}
 
 
 def fields(stored: dict[str, Any]) -> dict[str, Any]:

@@ -72,8 +72,4 @@ def open_run(path: str, *, which: str = "last", root: str | None = None, device:
         learner.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise CheckpointError(f"{path}: its weights do not fit its recipe: {(str(error).splitlines() or [''])[0]}") from None
-    learner.amp_dtype = where.dtype
-    learner.to(where.device)
-    for module in (learner.cohort, learner.method):
-        module.to(memory_format=where.memory_format)
-    return OpenRun(recipe, opened, learner.eval(), where, position, classes, (mean, std))
+    return OpenRun(recipe, opened, learner.place(where).eval(), where, position, classes, (mean, std))

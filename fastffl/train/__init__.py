@@ -12,6 +12,7 @@ from . import checkpoint
 from .device import Plan as Plan
 from .device import plan
 from .learner import Learner as Learner
+from .loggers import Loggers
 from .loop import Result as Result
 from .loop import Trainer, seed_all
 from .progress import Progress
@@ -78,6 +79,7 @@ def fit(
                 trainer.saved_at = trainer.position
         else:
             run.begin(recipe, environment())
+        run.loggers = Loggers(recipe, path)
         result = trainer.fit()
         if trainer.step.average:
             learner.load_state_dict(trainer.step.average.model.state_dict())

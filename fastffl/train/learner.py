@@ -15,6 +15,7 @@ from ..nets import Cohort, backbone, probe
 from ..nets.adapter import Backbone
 from ..recipe import MethodConfig, Recipe
 from ..values import CohortSpec, Graph
+from .device import Plan
 
 
 class Learner(nn.Module):
@@ -72,6 +73,7 @@ class Learner(nn.Module):
         self.loss = GraphLoss(self.method.graph)
         self.channels, self.size, self.pretrained = channels, size, pretrained
         self.amp_dtype: torch.dtype | None = None
+        self.layout = torch.contiguous_format
 
     @classmethod
     def build(cls, recipe: Recipe, classes: int, channels: int, size: int) -> "Learner":
@@ -86,6 +88,14 @@ class Learner(nn.Module):
             share_stem=recipe.nets.share_stem,
             pretrained=recipe.nets.pretrained,
         )
+
+    def place(self, where: Plan) -> "Learner":
+        """Move to the plan's device, dtype of autocast and memory format, in place."""
+        self.amp_dtype, self.layout = where.dtype, where.memory_format
+        self.to(where.device)
+        for part in (self.cohort, self.method):
+            part.to(memory_format=where.memory_format)
+        return self
 
     @property
     def graph(self) -> Graph:

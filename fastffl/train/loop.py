@@ -87,10 +87,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, learner: Learner, data: Source, plan: Plan, run: RunDir, progress: Progress):
         self.recipe, self.learner, self.data, self.plan = recipe, learner, data, plan
         self.run, self.progress = run, progress
-        learner.amp_dtype = plan.dtype
-        learner.to(plan.device)
-        for module in (learner.cohort, learner.method):
-            module.to(memory_format=plan.memory_format)
+        learner.place(plan)
         self.optimizer = optim.build(learner, recipe.optim)
         self.step = Step(learner, self.optimizer, recipe, plan.device)
         self.batch_size = recipe.data.batch_size

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import DiskError, UsageError, printable
 from ..recipe import Recipe
 from .checkpoint import write_file
+from .loggers import Loggers
 
 
 class RunDir:
@@ -19,6 +20,7 @@ class RunDir:
 
     def __init__(self, path: Path):
         self.path = path
+        self.loggers: Loggers | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / ".lock").open("w")
@@ -33,6 +35,8 @@ class RunDir:
         self._rows: list[str] = []  # not written yet
 
     def close(self) -> None:
+        if self.loggers:
+            self.loggers.close()
         self._lock.close()
 
     @property
@@ -57,6 +61,8 @@ class RunDir:
     def row(self, values: dict[str, Any]) -> None:
         """Write a row; where the disk is full it is kept until `flush`."""
         self._rows.append(json.dumps(values) + "\n")
+        if self.loggers:
+            self.loggers.row(values)
         with contextlib.suppress(DiskError):
             self.flush()
 
