@@ -34,7 +34,9 @@ def circumstances() -> dict[str, Any]:
     """What a figure depends on besides the code."""
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False).stdout.strip()
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "-uno", ":!bench/results"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     cuda = torch.cuda.is_available()
     cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor())
     return {
