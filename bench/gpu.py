@@ -189,9 +189,14 @@ def main() -> None:
         sys.exit("error: no CUDA device; --smoke walks through every block on the CPU")
     args.out = args.out.resolve()
     facts = circumstances()
+    before = time.perf_counter()
 
     def emit(block: str, case: str, **values: Any) -> None:
-        row = {"case": f"{block}: {case}", "variant": "smoke" if args.smoke else "ours", "ms": 0.0, **values}
+        """A row; its ms are the wall time since the row before it."""
+        nonlocal before
+        now = time.perf_counter()
+        row = {"case": f"{block}: {case}", "variant": "smoke" if args.smoke else "ours", "ms": 1e3 * (now - before), **values}
+        before = now
         write(args.out / "gpu.jsonl", [row], facts)
         print(row, flush=True)
 

@@ -1,10 +1,5 @@
-"""Make the README's tables from committed rows and from the output of `make demo`.
+"""Make the README's tables from committed rows: python bench/readme.py"""
 
-python bench/readme.py              rewrite the speed table from bench/results/
-python bench/readme.py --demo FILE  also rewrite the demo's table from a captured `fastffl train digits`
-"""
-
-import argparse
 import json
 from pathlib import Path
 
@@ -39,22 +34,24 @@ def speed(path: Path) -> str:
 
 
 def demo(path: Path) -> str:
-    """The closing table of a captured run, as it was printed."""
-    lines = path.read_text().splitlines()
-    begin = next(k for k, line in enumerate(lines) if line.split()[:2] == ["vote", "net"])
-    return "```\n" + "\n".join(line.rstrip() for line in lines[begin:] if line.strip()) + "\n```\n"
+    """The table `make demo` ends with, from the committed row of its recipe and seed."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    row = next(r for r in reversed(rows) if r["case"] == "digits seed 0")
+    head = f"{'vote':8}{'net':9}{'top-1 last':>12}{'top-1 best':>13}{'at epoch':>11}"
+    lines = [head, "-" * len(head)]
+    for vote, r in row["results"].items():
+        net = r["net"] if r["net"] != vote else ""
+        lines.append(f"{vote:8}{net:9}{r['last']:12.2f}{r['best']:13.2f}{r['best_epoch']:11}")
+    lines.append(f"{row['epochs']} epochs, {row['steps']} steps in {row['seconds']:.1f} s, {row['img_s']:,.0f} img/s")
+    return "\n".join(["```", *lines, f"digest {row['digest']}", "```", ""])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=Path)
-    args = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = between(readme.read_text(), "bench", speed(ROOT / "bench" / "results" / "cpu" / "train.jsonl"))
-    if args.demo:
-        text = between(text, "demo", demo(args.demo))
-    readme.write_text(text)
+def made(text: str) -> str:
+    """The README with its tables as the committed rows have them."""
+    rows = ROOT / "bench" / "results" / "cpu"
+    return between(between(text, "bench", speed(rows / "train.jsonl")), "demo", demo(rows / "digits.jsonl"))
 
 
 if __name__ == "__main__":
-    main()
+    readme = ROOT / "README.md"
+    readme.write_text(made(readme.read_text()))

@@ -286,7 +286,7 @@ def methods(name: str | None = None, /, *, json: Json = False) -> None:
         _say(f"{m.name}: {m.summary}\npaper:  {m.paper}\nstatus: {m.status}. {m.deviations}")
         _say(f"stem:   {m.stem}, peers: {m.min_peers} or more\n")
         _say(f"graph of {k} peers:\n  " + made.graph.text().replace("\n", "\n  "))
-        _say(f"\nextra parameters while training (2 x resnet32, 100 classes): {extra:,}\nsettings (--set method.KEY=VALUE):")
+        _say(f"\nextra parameters while training ({k} x resnet32, 100 classes): {extra:,}\nsettings (--set method.KEY=VALUE):")
         for key, info in m.Config.model_fields.items():
             if key != "name":
                 _say(f"  {key:16} {info.default!s:8} {info.description or ''}")

@@ -180,7 +180,8 @@ class Recipe(Section):
 
 SECTIONS = ("data", "nets", "method", "optim", "sched", "amp", "ema", "run")
 
-# What may differ between a checkpoint and the recipe that resumes it: nothing of it changes what is computed.
+# What may differ between a checkpoint and the recipe that resumes it. Another device or thread count rounds differently, so
+# such a run goes on but does not end in the same bits; the rest changes nothing that is computed.
 FREE = {
     "run.device",
     "run.max_steps",

@@ -112,7 +112,7 @@ class Meters:
         return {"term_sum": self.term_sum, "loss_sum": self.loss_sum, "top1": self.top1, "rows": self.rows}
 
     def read(self) -> dict[str, Any]:
-        """One host read: mean loss, mean of each term, training top-1 % of each node."""
+        """Read by the host: mean loss, mean of each term, training top-1 % of each node."""
         n = self.rows.item()
         d = max(n, 1)
         terms = dict(zip(self.terms, (self.term_sum / d).tolist(), strict=True))
