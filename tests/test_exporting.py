@@ -82,3 +82,24 @@ def test_a_foreign_file_is_refused(name: str, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UsageError, match="can't be read as an export of fastffl"):
             load(tmp_path / name)
+
+
+class Own(torch.nn.Module):
+    """A net no name builds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, 3, 2, 1)
+        self.fc = torch.nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.conv(x).relu().mean((2, 3)))
+
+
+def test_a_vote_over_a_net_of_the_users_own(tmp_path: Path) -> None:
+    """Written and compared through a copy; to build it again needs the class, which load says."""
+    model = Learner([Own(), "resnet8"], "ffl", classes=5, size=16)
+    path, off = export(model, "fused", tmp_path / "fused.safetensors")
+    assert off == 0
+    with pytest.raises(UsageError, match="no model is called 'Own'"):
+        load(path)
