@@ -9,6 +9,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch loads, as the c
 import pytest
 import torch
 
+# Interpreted kernels can't be compiled and compiled ones can't run here, so `make test` runs tests/interp in a process with
+# TRITON_INTERPRET=1 and everything else in processes without it.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interp"]
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

@@ -1,0 +1,98 @@
+"""How the ops allocate, launch and count. Every output comes from `empty`, every kernel goes through `launch`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Norm(NamedTuple):
+    """The parameters of one BatchNorm, (C,) each; the running statistics are updated in place, as nn.BatchNorm2d does."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+
+class Launch(NamedTuple):
+    kernel: str
+    grid: tuple[int, ...]
+
+
+# custom op -> kernel launches of one call, where the number is fixed. Operation counts on meta tensors are made from it.
+LAUNCHES: dict[str, int] = {}
+_recorders: list[list[Launch]] = []
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """The kernels launched inside the block, in order."""
+    seen: list[Launch] = []
+    _recorders.append(seen)
+    try:
+        yield seen
+    finally:
+        _recorders.remove(seen)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised contiguous tensor. Tests replace this function to put guard bands round every output."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, warps: int, stages: int = 2, **named: Any) -> None:
+    """Run `kernel` over `grid` on the current stream of `device`; an empty grid runs nothing.
+
+    fp fusion is set explicitly because Triton 3.10 changes its default.
+    """
+    if 0 in grid:
+        return
+    for seen in _recorders:
+        seen.append(Launch(kernel.__name__, grid))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, **named, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+
+
+# Arrival counters: int32 zeros that every kernel leaves at zero again. Two launches in flight must not share one, so eager
+# calls take turns over a ring far longer than any queue of launches, and a captured call keeps its counters for good.
+RING, CAPTURED = 1 << 14, 1 << 16
+_counters: dict[torch.device, tuple[Tensor, Tensor]] = {}
+_next: dict[torch.device, list[int]] = {}
+
+
+def counters(device: torch.device, n: int = 1) -> Tensor:
+    """(n,) int32 zeros on `device` for the programs of one launch to count themselves; the last one resets them.
+
+    n at most RING. Within a CUDA graph capture each call gets counters of its own; when those are used up, or where the first
+    call on a device is inside a capture, a fresh zeroed tensor, whose memset then belongs to the graph.
+    """
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device not in _counters:
+        if capturing:
+            return torch.zeros(n, dtype=torch.int32, device=device)
+        _counters[device] = tuple(torch.zeros(k, dtype=torch.int32, device=device) for k in (RING, CAPTURED))  # type: ignore[assignment]
+        _next[device] = [0, 0]
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # once: other streams may use them next
+    which, size = (1, CAPTURED) if capturing else (0, RING)
+    at = _next[device][which]
+    if at + n > size:
+        if capturing:
+            return torch.zeros(n, dtype=torch.int32, device=device)
+        at = 0
+    _next[device][which] = at + n
+    return _counters[device][which][at : at + n]
+
+
+def divup(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power2(n: int) -> int:
+    """The smallest power of two >= max(n, 1)."""
+    return 1 << max(n - 1, 0).bit_length()
