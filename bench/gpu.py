@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from fastffl import recipes
+from fastffl.bench.timing import ROOT, circumstances, write
 from fastffl.data import Place, source
 from fastffl.recipe import Recipe, change
 from fastffl.train import Learner, fit, optim
@@ -32,7 +33,6 @@ from fastffl.train.device import Plan, plan
 from fastffl.train.progress import Progress
 from fastffl.train.step import Step
 from fastffl.values import Batch
-from protocol import ROOT, circumstances, write
 
 Row = dict[str, Any]
 

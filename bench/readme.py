@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from fastffl.bench.kernels import goal_table, goals
+from fastffl.bench.timing import ROOT, read
 
 
 def between(text: str, mark: str, new: str) -> str:
@@ -46,10 +47,23 @@ def demo(path: Path) -> str:
     return "\n".join(["```", *lines, f"digest {row['digest']}", "```", ""])
 
 
+def kernels(path: Path) -> str:
+    """The goals and what the newest rows say about them; `unmeasured` where there is no row."""
+    rows = read(path) if path.is_file() else []
+    lines = ["| goal | case, against | must | aim | measured | met |", "| --- | --- | ---: | ---: | ---: | --- |"]
+    lines += [f"| {' | '.join(cells)} |" for cells in goal_table(goals(rows))]
+    timed = [row for row in rows if row.get("kind") == "time" and row.get("ms") is not None]
+    if not timed:
+        return "\n".join(lines) + "\n"
+    facts = "{device}, torch {torch}, Triton {triton}, commit {commit}".format(**timed[-1])
+    return "\n".join(lines) + f"\n\n{facts} (`{path.relative_to(ROOT)}`).\n"
+
+
 def made(text: str) -> str:
     """The README with its tables as the committed rows have them."""
     rows = ROOT / "bench" / "results" / "cpu"
-    return between(between(text, "bench", speed(rows / "train.jsonl")), "demo", demo(rows / "digits.jsonl"))
+    text = between(between(text, "bench", speed(rows / "train.jsonl")), "demo", demo(rows / "digits.jsonl"))
+    return between(text, "kernels", kernels(ROOT / "bench" / "results" / "h200" / "kernels.jsonl"))
 
 
 if __name__ == "__main__":

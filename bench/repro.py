@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from protocol import ROOT, circumstances, write
+from fastffl.bench.timing import ROOT, circumstances, write
 
 
 def main() -> None:

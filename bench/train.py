@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from fastffl import recipes
+from fastffl.bench.timing import ROOT, circumstances, interleave, rows, write
 from fastffl.data import Arrays, Place, Resident
 from fastffl.data.rng import order
 from fastffl.recipe import Recipe, change
@@ -29,7 +30,6 @@ from fastffl.train import Learner, optim
 from fastffl.train.device import plan
 from fastffl.train.step import Step
 from fastffl.values import Batch
-from protocol import ROOT, circumstances, interleave, rows, write
 
 PARITY_STEPS = 3
 BATCH = 128

@@ -20,13 +20,16 @@ from .errors import FastFFLError, ThresholdError, UsageError, nearest, printable
 if TYPE_CHECKING:
     from .recipe import Recipe
 
-VERBS = ("train", "evaluate", "export", "recipes", "methods", "models", "doctor")
+VERBS = ("train", "evaluate", "export", "bench", "recipes", "methods", "models", "doctor")
+BENCHES = ("kernels",)
 app = App(
     name="fastffl",
     version=__version__,
     help="Feature Fusion Learning and its family: train several networks side by side, take home a better one.",
     help_format="plaintext",
 )
+bench = App(name="bench", help="Measure: `fastffl bench kernels`.", help_format="plaintext")
+app.command(bench)
 Sets = Annotated[
     list[str] | None, Parameter(name="--set", negative="", help="change one value: --set optim.lr=0.05 (repeatable)")
 ]
@@ -236,6 +239,34 @@ def export(
         _say(_dumps({"file": str(path), "net": net, "vote": vote, "max_diff": off}))
 
 
+@bench.command
+def kernels(
+    *,
+    op: Annotated[str | None, Parameter(name=["--op", "--ops"], help="only these ops, A,B,...")] = None,
+    out: Annotated[str | None, Parameter(help="JSONL file to append the rows to, as they come")] = None,
+    svg: Annotated[str | None, Parameter(help="write a roofline picture (needs timed rows)")] = None,
+    compare: Annotated[str | None, Parameter(help="JSONL of an earlier run: exit 3 where ours lost ground to a rival")] = None,
+    tolerance: Annotated[float, Parameter(help="share of a ratio that may be lost")] = 0.1,
+    quick: Annotated[bool, Parameter(negative="", help="fewer shapes and rounds")] = False,
+    minutes: Annotated[float, Parameter(help="begin nothing new after this time")] = 9.5,
+    device: Annotated[Literal["auto", "cuda", "cpu"], Parameter(help="cpu: check answers and compiled kernels")] = "auto",
+    json: Json = False,
+) -> int:
+    """Time every kernel against its reference, torch, torch.compile and other packages; without CUDA check and compile them."""
+    with _quiet_stdout(json):
+        from .bench.command import bench_kernels
+
+        ops = op.split(",") if op else None
+        files = [Path(name) if name else None for name in (out, svg, compare)]
+        result = bench_kernels(
+            ops, *files, tolerance=tolerance, quick=quick, minutes=minutes, device=device, say=_say, table=_table
+        )
+    if json:
+        _say(_dumps(result.document))
+    result.judge()
+    return result.code
+
+
 @app.command
 def recipes(name: str | None = None, /, *, json: Json = False) -> None:
     """List the recipes, or show one with every value."""
@@ -366,12 +397,19 @@ def _fail(text: str, code: int) -> NoReturn:
 
 def _usage(error: cyclopts.CycloptsError, words: list[str]) -> str:
     """cyclopts' complaint as one sentence with the nearest flag or verb."""
-    verb = next((w for w in words if not w.startswith("-")), "")
+    named = [w for w in words if not w.startswith("-")]
+    verb, what = next(iter(named), ""), app
     if isinstance(error, cyclopts.UnknownCommandError) or verb not in VERBS:
+        if verb == "bench":
+            return (
+                f"no bench is called {named[1] if len(named) > 1 else ''!r}{nearest(named[1] if len(named) > 1 else '', BENCHES)}"
+            )
         if verb:
             return f"no verb is called {verb!r}{nearest(verb, VERBS)}"
         return f"unknown option {words[0]}; try fastffl --help" if words else "name a verb; try fastffl --help"
-    known = [n for arg in app[verb].assemble_argument_collection() for n in arg.names if n.startswith("--")]
+    for part in named[: 1 + (verb == "bench")]:
+        what, verb = what[part], part if what is app else f"{verb} {part}"
+    known = [n for arg in what.assemble_argument_collection() for n in arg.names if n.startswith("--")]
     if isinstance(error, cyclopts.UnknownOptionError):
         word = str(error.token.keyword or error.token.value)
         return f"unknown option {word} for {verb}{nearest(word, known)}"

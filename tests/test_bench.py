@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
-import protocol  # noqa: E402
 import readme  # noqa: E402
+from fastffl.bench import timing as protocol  # noqa: E402
 
 
 def test_variants_take_turns() -> None:

@@ -1,0 +1,1 @@
+"""Benchmarks: how things are timed, what the kernels are timed against, and whether the goals are met."""

@@ -1,0 +1,477 @@
+"""What the kernels are measured on: each op at one shape and type, the ways to compute it, and its answer in float64.
+
+A style is one way to compute a problem: ours, the op's reference, torch as people write it, torch.compile of that, another
+package. All styles of a problem get the same inputs and give the same outputs by name, gradients included.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastffl_kernels import GraphEdge, _dispatch, distill_graph_reference
+from fastffl_kernels._launch import Norm
+
+Inputs = dict[str, Any]  # tensors, or tuples of them, by name
+Outputs = dict[str, Tensor]
+EPS = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-23, torch.float64: 2.0**-52}
+SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+MAX = "max-autotune-no-cudagraphs"
+T, RAMP = 3.0, 0.5
+
+
+class Style(NamedTuple):
+    """One way to compute a problem.
+
+    group    ours, reference, eager, compile, liger, apex: goals name the group they are against, its best row counts
+    mode     torch.compile's, or "" for a plain call
+    missing  why it can't run here, or ""
+    """
+
+    name: str
+    group: str
+    forward: Callable[[Inputs], Outputs]
+    mode: str = ""
+    missing: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """An op at one shape and type.
+
+    draw      (device, seed) -> inputs; a pure function of both
+    exact     the answer from inputs in float64
+    wrt       the inputs whose gradients belong to the answer; a forward's first output is differentiated, by inputs["upstream"]
+              unless it is a scalar
+    bytes     what our path must move; flop: what it must compute
+    sure      inputs -> masks by output: where rounding can't change which side of a kink a value is on
+    limit     largest error of ours, in units of eps of each output x its largest value
+    rival     that of others in eps of `dtype`: they may keep more in it
+    """
+
+    op: str
+    case: str
+    dtype: torch.dtype
+    draw: Callable[[torch.device, int], Inputs]
+    exact: Callable[[Inputs], Outputs]
+    styles: tuple[Style, ...]
+    wrt: tuple[str, ...] = ()
+    sure: Callable[[Inputs], dict[str, Tensor]] | None = None
+    bytes: int = 0
+    flop: int = 0
+    limit: float = 16.0
+    rival: float = 64.0
+    gemm: bool = False
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.case}"
+
+
+def leaves(value: Any) -> list[Tensor]:
+    """The tensors among inputs, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return [x for part in parts for x in leaves(part)]
+
+
+def in_float64(value: Any) -> Any:
+    """Inputs with every floating-point tensor in float64, leaves again."""
+    if isinstance(value, Tensor):
+        return value.detach().double().requires_grad_(value.requires_grad) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {name: in_float64(part) for name, part in value.items()}
+    if isinstance(value, tuple):
+        parts = [in_float64(part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+def solved(forward: Callable[[Inputs], Outputs], wrt: tuple[str, ...], inputs: Inputs) -> Outputs:
+    """The outputs and, under `d NAME`, the gradients of a forward."""
+    if not wrt:
+        with torch.no_grad():
+            return forward(inputs)
+    out = forward(inputs)
+    head = next(iter(out.values()))
+    targets = {f"d {name}{k}": x for name in wrt for k, x in enumerate(leaves(inputs[name]))}
+    grads = torch.autograd.grad(head, list(targets.values()), inputs.get("upstream"))
+    return {**{name: x.detach() for name, x in out.items()}, **dict(zip(targets, grads, strict=True))}
+
+
+class Truth(NamedTuple):
+    """A problem's answer in float64, and where its gradients are certain."""
+
+    values: Outputs
+    sure: dict[str, Tensor]
+
+
+def truth(problem: Problem, inputs: Inputs) -> Truth:
+    wide = in_float64(inputs)
+    with torch.no_grad():
+        sure = problem.sure(wide) if problem.sure else {}
+    return Truth(solved(problem.exact, problem.wrt, wide), sure)
+
+
+def errors(got: Outputs, want: Truth, unit: torch.dtype | None = None) -> dict[str, float]:
+    """Per output the largest |got - want| over eps x largest |want|, eps of `unit` or of the output's own type. A value (not a
+    gradient) within 1e-6 of the truth counts as right, integers must be equal."""
+    made = {}
+    for name, x in got.items():
+        y = want.values[name]
+        if not x.is_floating_point():
+            made[name] = 0.0 if torch.equal(x, y) else float("inf")
+            continue
+        off = (x.double() - y).abs()
+        if name in want.sure:
+            off = off[want.sure[name]]
+        worst, top = (float(v.max()) if v.numel() else 0.0 for v in (off, y.abs()))
+        near = worst <= 1e-6 and not name.startswith("d ")
+        made[name] = 0.0 if near else worst / (EPS[unit or x.dtype] * max(top, 1e-30))
+    return made
+
+
+def distance(got: Outputs, want: Truth) -> float:
+    """The largest relative distance (root of summed squares) of an output: what one kink can't hide and one can't excuse."""
+    worst = 0.0
+    for name, x in got.items():
+        if x.is_floating_point() and x.numel():
+            y = want.values[name]
+            off = torch.where(want.sure[name], x.double() - y, 0.0) if name in want.sure else x.double() - y
+            far = float(off.norm() / y.norm().clamp(min=1e-30))
+            worst = max(worst, far if far == far else float("inf"))
+    return worst
+
+
+def compiled(style: Style, mode: str) -> Style:
+    name = f"compile {'max ' if mode == MAX else ''}{style.name.removeprefix('eager').strip()}".strip()
+    return Style(name, "compile", style.forward, mode)
+
+
+def both_modes(*styles: Style) -> tuple[Style, ...]:
+    return tuple(compiled(s, mode) for mode in ("default", MAX) for s in styles)
+
+
+def module(op: str) -> ModuleType | None:
+    """The file of an op of ours; None where this version has none."""
+    name = f"fastffl_kernels.{op}"
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+
+
+def absent(op: str) -> str:
+    return "" if module(op) else "not in this version"
+
+
+def _of_ours(op: str, made: Callable[[Callable[..., Any]], Callable[[Inputs], Outputs]]) -> list[Style]:
+    """The op and its reference as styles; what is not in this version says so."""
+    file, groups = module(op), {"ours": op, "reference": f"{op}_reference"}
+    if file is None:
+        return [Style(group, group, lambda inputs: {}, missing=absent(op)) for group in groups]
+    return [Style(group, group, made(getattr(file, name))) for group, name in groups.items()]
+
+
+def has_triton(op: str) -> bool:
+    return module(op) is not None and op in _dispatch._TRITON and importlib.util.find_spec("triton") is not None
+
+
+def not_installed(package: str) -> str:
+    return "" if importlib.util.find_spec(package) else "not installed"
+
+
+def no_apex() -> str:
+    """NVIDIA's apex is known by its files and its extension: another project holds the name on the package index."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return "not installed"
+    if not any((Path(p) / "optimizers" / "fused_sgd.py").is_file() for p in spec.submodule_search_locations or []):
+        return "the installed 'apex' is not NVIDIA's"
+    return "" if importlib.util.find_spec("amp_C") else "NVIDIA's apex was built without its CUDA extensions"
+
+
+def randoms(device: torch.device, seed: int) -> Callable[..., Tensor]:
+    """normal(shape, dtype, scale) from one generator on the device."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
+
+    return normal
+
+
+# ---- distill_graph: FFL's graph of K peers and the fused classifier ---------------------------------------------------------
+
+
+def _graph(peers: int) -> tuple[tuple[tuple[int, float], ...], tuple[GraphEdge, ...], tuple[tuple[int, ...], ...]]:
+    fused, mean = peers, peers + 1
+    edges = [GraphEdge(fused, k, T) for k in range(peers)] + [GraphEdge(mean, fused, T)]
+    return tuple((k, 1.0) for k in range(peers + 1)), tuple(edges), (tuple(range(peers)),)
+
+
+def _by_op(op: Callable[..., Any], inputs: Inputs) -> Outputs:
+    hard, edges, means = _graph(len(inputs["z"]) - 1)
+    return {"loss": op(inputs["z"], inputs["labels"], hard, edges, inputs["weights"], means).loss}
+
+
+def _by_torch(wide: bool, inputs: Inputs) -> Outputs:
+    """The loss as it is usually written; `wide` casts the logits to fp32 first."""
+    z = [x.float() if wide else x for x in inputs["z"]]
+    fused, mean = z[-1], torch.stack(z[:-1]).mean(0)
+    loss = sum((F.cross_entropy(x, inputs["labels"]) for x in z), z[0].new_zeros(()))
+    pairs = [(fused, x) for x in z[:-1]] + [(mean, fused)]
+    for k, (teacher, student) in enumerate(pairs):
+        target = F.log_softmax(teacher.detach() / T, 1)
+        kl = F.kl_div(F.log_softmax(student / T, 1), target, reduction="batchmean", log_target=True)
+        loss = loss + inputs["weights"][k] * T**2 * kl
+    return {"loss": loss}
+
+
+def _by_logsumexp(inputs: Inputs) -> Outputs:
+    """The same with each softmax reduced to its logsumexp: what a compiler fuses best."""
+    z = [x.float() for x in inputs["z"]]
+    fused, mean = z[-1], torch.stack(z[:-1]).mean(0)
+    at = inputs["labels"][:, None]
+    loss = sum(((x.logsumexp(1) - x.gather(1, at)[:, 0]).mean() for x in z), z[0].new_zeros(()))
+    for k, (teacher, student) in enumerate([(fused, x) for x in z[:-1]] + [(mean, fused)]):
+        t, s = teacher.detach() / T, student / T
+        lse_t, lse_s = t.logsumexp(1), s.logsumexp(1)
+        row = ((t - lse_t[:, None]).exp() * (t - s)).sum(1) - lse_t + lse_s
+        loss = loss + inputs["weights"][k] * T**2 * row.mean()
+    return {"loss": loss}
+
+
+def _by_liger(inputs: Inputs) -> Outputs:
+    """Liger's cross-entropy and KL kernels composed by hand; the first overwrites its input, hence the copies."""
+    from liger_kernel.transformers import LigerCrossEntropyLoss, LigerKLDIVLoss  # type: ignore[import-not-found, unused-ignore]
+
+    ce, kl = LigerCrossEntropyLoss(), LigerKLDIVLoss(reduction="batchmean", log_target=True)
+    z = [x.float() for x in inputs["z"]]
+    fused, mean = z[-1], torch.stack(z[:-1]).mean(0)
+    loss = sum((ce(x.clone(), inputs["labels"]) for x in z), z[0].new_zeros(()))
+    for k, (teacher, student) in enumerate([(fused, x) for x in z[:-1]] + [(mean, fused)]):
+        target = F.log_softmax(teacher.detach() / T, 1)
+        loss = loss + inputs["weights"][k] * T**2 * kl(F.log_softmax(student / T, 1), target)
+    return {"loss": loss}
+
+
+def loss(batch: int, classes: int, peers: int, dtype: torch.dtype, *, quick: bool = False) -> Problem:
+    """FFL's whole loss and its gradients for every logit; bytes: each logit read and each gradient written once."""
+
+    def draw(device: torch.device, seed: int) -> Inputs:
+        normal = randoms(device, seed)
+        z = tuple(normal(batch, classes, dtype=dtype, scale=2.0).requires_grad_() for _ in range(peers + 1))
+        labels = torch.randint(0, classes, (batch,), generator=torch.Generator().manual_seed(seed)).to(device)
+        return {"z": z, "labels": labels, "weights": torch.full((peers + 1,), RAMP, device=device)}
+
+    floats = Style("eager .float()", "eager", partial(_by_torch, True))
+    plain = Style("eager no cast", "eager", partial(_by_torch, False))
+    sums = Style("eager logsumexp", "eager", _by_logsumexp)
+    styles = [*_of_ours("distill_graph", lambda path: partial(_by_op, path)), floats]
+    styles += [plain, sums] if dtype.itemsize == 2 else [sums]
+    styles += [Style("liger", "liger", _by_liger, missing=not_installed("liger_kernel"))]
+    styles += both_modes(*(s for s in (floats, plain, sums) if s in styles))
+    logits = (peers + 1) * batch * classes
+    return Problem(
+        op="distill_graph",
+        case=f"B{batch} C{classes} K{peers}",
+        dtype=dtype,
+        draw=draw,
+        exact=partial(_by_op, distill_graph_reference),
+        styles=tuple(styles),
+        wrt=("z",),
+        bytes=2 * logits * dtype.itemsize + 8 * batch,
+        flop=16 * logits,  # two softmaxes, their gradients and the divergence
+        quick=quick,
+    )
+
+
+# ---- fuse_conv: the fusion module ---------------------------------------------------------------------------------------------
+
+
+def _norm(inputs: Inputs, which: str) -> Norm:
+    return Norm(inputs[which][0], inputs[which][1], inputs[f"{which} running"][0], inputs[f"{which} running"][1])
+
+
+def _norms(normal: Callable[..., Tensor], name: str, channels: int, learns: bool = True) -> Inputs:
+    """The parameters of a BatchNorm, and its running statistics away from 0 and 1."""
+    weight, bias = 1 + normal(channels, scale=0.1), normal(channels, scale=0.1)
+    running = normal(channels, scale=0.1), 1 + normal(channels, scale=0.1).abs()
+    return {name: (weight.requires_grad_(learns), bias.requires_grad_(learns)), f"{name} running": running}
+
+
+def _fusion(path: Callable[..., Tensor], training: bool, inputs: Inputs) -> Outputs:
+    norms = _norm(inputs, "bn1"), _norm(inputs, "bn2")
+    return {"u": path(inputs["maps"], inputs["dw"], norms[0], inputs["pw"], norms[1], *inputs["fc"], training=training)}
+
+
+def _fusion_by_torch(
+    maps: tuple[Tensor, ...], dw: Tensor, bn1: Norm, pw: Tensor, bn2: Norm, fc: Tensor, bias: Tensor, *, training: bool
+) -> Tensor:
+    """The module as it is usually written."""
+    x = F.conv2d(torch.cat(maps, 1), dw, padding=1, groups=dw.shape[0])
+    x = F.relu(F.batch_norm(x, bn1.running_mean, bn1.running_var, bn1.weight, bn1.bias, training), inplace=True)
+    x = F.conv2d(x, pw)
+    x = F.relu(F.batch_norm(x, bn2.running_mean, bn2.running_var, bn2.weight, bn2.bias, training), inplace=True)
+    return F.linear(x.mean((2, 3)), fc, bias)
+
+
+def fusion(
+    batch: int,
+    channels: int,
+    width: int,
+    side: int,
+    dtype: torch.dtype,
+    *,
+    classes: int = 100,
+    training: bool = True,
+    quick: bool = False,
+) -> Problem:
+    """Two peers' maps of channels / 2 each into logits; forward and backward, or inference. Weights have the maps' type, as
+    an optimizer with shadow weights leaves them."""
+
+    def draw(device: torch.device, seed: int) -> Inputs:
+        normal = randoms(device, seed)
+        shape = batch, channels // 2, side, side
+        maps = [normal(*shape, dtype=dtype).relu_().contiguous(memory_format=torch.channels_last) for _ in range(2)]
+        dw = normal(channels, 1, 3, 3, dtype=dtype, scale=0.3)
+        pw = normal(width, channels, 1, 1, dtype=dtype, scale=channels**-0.5)
+        fc = normal(classes, width, dtype=dtype, scale=width**-0.5), normal(classes, dtype=dtype, scale=0.1)
+        made = {"maps": tuple(maps), "dw": dw, "pw": pw, "fc": fc}
+        for x in leaves(made):
+            x.requires_grad_(training)
+        for name, n in (("bn1", channels), ("bn2", width)):
+            made |= _norms(normal, name, n, training)
+        return made | {"upstream": normal(batch, classes, dtype=dtype, scale=1 / batch)}
+
+    op = module("fuse_conv")
+    plain = Style("eager", "eager", partial(_fusion, _fusion_by_torch, training))
+    styles = _of_ours("fuse_conv", lambda path: partial(_fusion, path, training))
+    if training and op:
+        again = partial(op.fuse_conv, recompute=True)
+        styles.append(Style("ours, D made again", "ours again", partial(_fusion, again, training)))
+    x, p = batch * channels * side**2, batch * width * side**2
+    moved = (10 * x + 4 * p) if training else x  # forward 3X + 2P, backward 7X + 2P
+    flop = 18 * x + 2 * x * width
+    return Problem(
+        op="fuse_conv",
+        case=f"B{batch} C{channels}>{width} {side}x{side}{'' if training else ' inference'}",
+        dtype=dtype,
+        draw=draw,
+        exact=partial(_fusion, _fusion_by_torch, training),
+        styles=(*styles, plain, *both_modes(plain)),
+        wrt=("maps", "dw", "bn1", "pw", "bn2", "fc") if training else (),
+        bytes=moved * dtype.itemsize,
+        flop=3 * flop if training else flop,
+        limit=64.0,  # a value that bf16 rounds across a ReLU's kink moves its gradient by all of itself
+        gemm=channels >= 1024,
+        quick=quick,
+    )
+
+
+# ---- bn_act: BatchNorm, residual, ReLU -----------------------------------------------------------------------------------------
+
+
+def _bn_act(path: Callable[..., Tensor], residual: bool, inputs: Inputs) -> Outputs:
+    extra = inputs["x"][1] if residual else None
+    return {"y": path(inputs["x"][0], _norm(inputs, "bn"), residual=extra, relu=True, training=True)}
+
+
+def _bn_act_by_torch(x: Tensor, norm: Norm, *, residual: Tensor | None, relu: bool, training: bool) -> Tensor:
+    y = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training)
+    return F.relu(y if residual is None else y + residual)
+
+
+def _far_from_the_kink(residual: bool, inputs: Inputs) -> dict[str, Tensor]:
+    """Where rounding can't carry a value across the ReLU's kink, so that the gradients of x and the residual are certain."""
+    norm = _norm(inputs, "bn")
+    y = F.batch_norm(inputs["x"][0], None, None, norm.weight, norm.bias, True)
+    far = (y + inputs["x"][1] if residual else y).abs() > 0.06  # 8 units in the last place of bf16 values below 2
+    return {"d x0": far, "d x1": far}
+
+
+def bn_act(batch: int, channels: int, side: int, dtype: torch.dtype, *, residual: bool = False, quick: bool = False) -> Problem:
+    """BatchNorm, perhaps an addition, ReLU: forward and backward of one map in training."""
+
+    def draw(device: torch.device, seed: int) -> Inputs:
+        normal = randoms(device, seed)
+        shape = batch, channels, side, side
+        last = torch.channels_last
+        maps = [normal(*shape, dtype=dtype).contiguous(memory_format=last).requires_grad_() for _ in range(1 + residual)]
+        upstream = normal(*shape, dtype=dtype).contiguous(memory_format=last)
+        return {"x": tuple(maps), **_norms(normal, "bn", channels), "upstream": upstream}
+
+    op = module("bn_act")
+    plain = Style("eager", "eager", partial(_bn_act, _bn_act_by_torch, residual))
+    styles = _of_ours("bn_act", lambda path: partial(_bn_act, path, residual))
+    size = batch * channels * side**2
+    moved = (11 if residual else 8) * size * dtype.itemsize  # forward 3 or 4 maps, backward 5 or 7
+    if op and has_triton("bn_act"):  # which knows where a map is small enough to be read once
+        facts = {"residual": residual, "relu": True, "training": True}
+        moved = sum(op.bytes_moved(batch * side**2, channels, dtype.itemsize, **facts).values())
+    return Problem(
+        op="bn_act",
+        case=f"B{batch} C{channels} {side}x{side}{' + residual' if residual else ''}",
+        dtype=dtype,
+        draw=draw,
+        exact=partial(_bn_act, _bn_act_by_torch, residual),
+        sure=partial(_far_from_the_kink, residual),
+        styles=(*styles, plain, *both_modes(plain)),
+        wrt=("x", "bn"),
+        bytes=moved,
+        flop=(16 if residual else 14) * size,
+        quick=quick,
+    )
+
+
+# ---- what is run --------------------------------------------------------------------------------------------------------------
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def _losses() -> list[Problem]:
+    goals = [loss(1024, 1000, 4, BF16, quick=True), loss(4096, 21841, 4, BF16), loss(128, 100, 2, BF16, quick=True)]
+    return [*goals, loss(1024, 1000, 4, FP32), loss(1024, 100, 2, BF16), loss(256, 1000, 2, BF16)]
+
+
+def _fusions() -> list[Problem]:
+    made = [fusion(b, 128, 64, 8, BF16, quick=b == 128) for b in (128, 1024)]
+    made += [fusion(256, c, c // 2, 7, BF16, classes=1000) for c in (1024, 4096)]
+    return made + [fusion(b, 128, 64, 8, BF16, training=False, quick=b == 128) for b in (128, 1024)]
+
+
+def _bn_acts() -> list[Problem]:
+    """The maps of ResNet-32 on CIFAR and of ResNet-50 at 224 pixels: after a conv, and where a block ends."""
+    made = [
+        bn_act(b, c, s, BF16, residual=r) for b in (128, 1024) for c, s in ((16, 32), (32, 16), (64, 8)) for r in (False, True)
+    ]
+    made += [bn_act(256, c, s, BF16) for c, s in ((64, 112), (64, 56), (128, 28), (256, 14), (512, 7))]
+    return made + [bn_act(256, c, s, BF16, residual=True) for c, s in ((256, 56), (512, 28), (1024, 14), (2048, 7))]
+
+
+FULL: dict[str, Callable[[], list[Problem]]] = {"distill_graph": _losses, "fuse_conv": _fusions, "bn_act": _bn_acts}
+
+# Sizes the interpreter does in seconds.
+SMALL: dict[str, Callable[[], list[Problem]]] = {
+    "distill_graph": lambda: [loss(5, 10, 2, FP32), loss(3, 129, 3, FP32), loss(4, 100, 2, BF16), loss(2, 1000, 4, FP16)],
+    "fuse_conv": lambda: [fusion(3, 6, 5, 4, t, classes=3, training=train) for t in (FP32, BF16) for train in (True, False)],
+    "bn_act": lambda: [bn_act(3, 5, 4, t, residual=r) for t in (FP32, BF16) for r in (False, True)],
+}
+
+
+def full(ops: Iterable[str], quick: bool) -> list[Problem]:
+    """The shapes that are timed: those of the goals first."""
+    return [p for op in ops for p in FULL[op]() if p.quick or not quick]
+
+
+def small(ops: Iterable[str]) -> list[Problem]:
+    """The shapes whose answers are checked where nothing can be timed."""
+    return [p for op in ops for p in SMALL[op]()]
