@@ -7,10 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastffl_kernels._dispatch import triton_path
+from fastffl_kernels.augment import augment
+
 from ..errors import DataError
 from ..recipe import Data
 from ..values import Batch
-from .rng import below, order, uniform_bits
+from .rng import below, order, signed, uniform_bits
 from .source import Place, held_split, portions
 
 
@@ -89,6 +92,8 @@ class Resident:
             )
         used, held = portions(y, cfg.train_fraction, cfg.val_fraction)
         self.cfg, self._place = cfg, place
+        clock = tuple(torch.zeros((), dtype=torch.int64, device=place.device) for _ in range(2))
+        self._clock = (0, 0), clock  # seed and epoch of the last batch, here and on the device
 
         def put(images: Tensor, pad: int = 0) -> Tensor:
             if pad:  # reflection is not defined for uint8: padded as fp16, which holds 0..255 exactly
@@ -119,7 +124,17 @@ class Resident:
             yield self.augment(x, at, y[at], seed, epoch)
 
     def augment(self, x: Tensor, at: Tensor, y: Tensor, seed: int, epoch: int) -> Batch:
-        """One training batch: the images `at`, cropped and flipped by what (seed, epoch, id) says."""
+        """One training batch: the images `at`, cropped and flipped by what (seed, epoch, id) says. One kernel on a GPU."""
+        if triton_path("augment", x):
+            if self._clock[0] != (seed, epoch):
+                for word, scalar in zip((seed, epoch), self._clock[1], strict=True):
+                    scalar.fill_(signed(word))  # in place: a captured graph reads these tensors
+                self._clock = (seed, epoch), self._clock[1]
+            last = self._place.memory_format == torch.channels_last
+            made = augment(
+                x, at, *self._clock[1], size=self.size, mean=self.mean, std=self.std, flip=self.flip, channels_last=last
+            )
+            return Batch(made.x[0], y, at)
         span = 2 * self.pad + 1
         top = below(uniform_bits(seed, epoch, at, 0), span)
         left = below(uniform_bits(seed, epoch, at, 1), span)
