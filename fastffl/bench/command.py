@@ -113,9 +113,11 @@ def bench_kernels(
         if table and measured:
             table(["goal", "case", "must", "aim", "measured", "met"], kernels.goal_table(measured), right=2)
         if svg:
-            roofline.draw(
-                rows, svg, f"{facts['device']}, commit {facts['commit']}, torch {facts['torch']}, triton {facts['triton']}"
-            )
+            made = ", ".join(f"{k} {facts[k]}" for k in ("commit", "torch", "triton"))
+            try:
+                roofline.draw(rows, svg, f"{facts['device']}, {made}")
+            except (ValueError, OSError) as error:
+                raise FastFFLError(f"--svg {svg}: {error}") from None
     else:
         say("no CUDA device: nothing is timed; answers are checked against float64, kernels compiled for GPUs that are not here")
         kernels.checked(chosen, emit, quick=quick)

@@ -17,13 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fastffl_kernels
 from fastffl_kernels import GraphEdge, _dispatch, distill_graph_reference
 from fastffl_kernels._launch import Norm
+
+from ..data.resident import crop_flip
+from ..data.rng import below, uniform_bits
 
 Inputs = dict[str, Any]  # tensors, or tuples of them, by name
 Outputs = dict[str, Tensor]
 EPS = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-23, torch.float64: 2.0**-52}
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+VALUE = 42.0  # 5e-6 in units of fp32 eps
 MAX = "max-autotune-no-cudagraphs"
 T, RAMP = 3.0, 0.5
 
@@ -53,8 +58,10 @@ class Problem:
               unless it is a scalar
     bytes     what our path must move; flop: what it must compute
     sure      inputs -> masks by output: where rounding can't change which side of a kink a value is on
-    limit     largest error of ours, in units of eps of each output x its largest value
-    rival     that of others in eps of `dtype`: they may keep more in it
+    limit     largest error of ours in units of eps x largest value: eps of `dtype` for gradients, of its own type for a value,
+              where fp32 values may be off by VALUE instead
+    rival     that of others, in eps of `dtype` throughout: they may keep more in it
+    far       how many times the usual relative distance from the truth an output may have
     """
 
     op: str
@@ -69,6 +76,7 @@ class Problem:
     flop: int = 0
     limit: float = 16.0
     rival: float = 64.0
+    far: float = 1.0
     gemm: bool = False
     quick: bool = False
 
@@ -123,9 +131,9 @@ def truth(problem: Problem, inputs: Inputs) -> Truth:
     return Truth(solved(problem.exact, problem.wrt, wide), sure)
 
 
-def errors(got: Outputs, want: Truth, unit: torch.dtype | None = None) -> dict[str, float]:
-    """Per output the largest |got - want| over eps x largest |want|, eps of `unit` or of the output's own type. A value (not a
-    gradient) within 1e-6 of the truth counts as right, integers must be equal."""
+def errors(got: Outputs, want: Truth, dtype: torch.dtype, *, own: bool = False) -> dict[str, float]:
+    """Per output the largest |got - want| in units of eps x largest |want|, eps of `dtype`; with `own`, values (not gradients)
+    are held to the eps of their own type. A value within 1e-6 of the truth counts as right, integers must be equal."""
     made = {}
     for name, x in got.items():
         y = want.values[name]
@@ -136,8 +144,9 @@ def errors(got: Outputs, want: Truth, unit: torch.dtype | None = None) -> dict[s
         if name in want.sure:
             off = off[want.sure[name]]
         worst, top = (float(v.max()) if v.numel() else 0.0 for v in (off, y.abs()))
-        near = worst <= 1e-6 and not name.startswith("d ")
-        made[name] = 0.0 if near else worst / (EPS[unit or x.dtype] * max(top, 1e-30))
+        value = not name.startswith("d ")
+        unit = EPS[x.dtype if own and value else dtype]
+        made[name] = 0.0 if value and worst <= 1e-6 else worst / (unit * max(top, 1e-30))
     return made
 
 
@@ -168,16 +177,18 @@ def module(op: str) -> ModuleType | None:
     return importlib.import_module(name) if importlib.util.find_spec(name) else None
 
 
-def absent(op: str) -> str:
-    return "" if module(op) else "not in this version"
-
-
 def _of_ours(op: str, made: Callable[[Callable[..., Any]], Callable[[Inputs], Outputs]]) -> list[Style]:
-    """The op and its reference as styles; what is not in this version says so."""
-    file, groups = module(op), {"ours": op, "reference": f"{op}_reference"}
+    """The op, and the same with its reference forced, as styles; what is not in this version says so."""
+    file = module(op)
     if file is None:
-        return [Style(group, group, lambda inputs: {}, missing=absent(op)) for group in groups]
-    return [Style(group, group, made(getattr(file, name))) for group, name in groups.items()]
+        return [Style(group, group, lambda inputs: {}, missing="not in this version") for group in ("ours", "reference")]
+    path = getattr(file, op)
+
+    def plainly(*args: Any, **named: Any) -> Any:
+        with fastffl_kernels.use("reference"):
+            return path(*args, **named)
+
+    return [Style("ours", "ours", made(path)), Style("reference", "reference", made(plainly))]
 
 
 def has_triton(op: str) -> bool:
@@ -324,6 +335,17 @@ def _fusion_by_torch(
     return F.linear(x.mean((2, 3)), fc, bias)
 
 
+def _no_kinks(inputs: Inputs) -> dict[str, Tensor]:
+    """Gradients are certain only where no value before either ReLU is within fp32's rounding of 0."""
+    bn1, bn2 = _norm(inputs, "bn1"), _norm(inputs, "bn2")
+    d = F.conv2d(torch.cat(inputs["maps"], 1), inputs["dw"], padding=1, groups=inputs["dw"].shape[0])
+    d = F.batch_norm(d, None, None, bn1.weight, bn1.bias, True)
+    p = F.batch_norm(F.conv2d(F.relu(d), inputs["pw"]), None, None, bn2.weight, bn2.bias, True)
+    safe = bool((d.abs() > 1e-5).all() and (p.abs() > 1e-5).all())
+    names = {name: leaves(inputs[name]) for name in ("maps", "dw", "bn1", "pw", "bn2")}
+    return {f"d {name}{k}": torch.full_like(x, safe, dtype=torch.bool) for name, xs in names.items() for k, x in enumerate(xs)}
+
+
 def fusion(
     batch: int,
     channels: int,
@@ -359,7 +381,11 @@ def fusion(
         again = partial(op.fuse_conv, recompute=True)
         styles.append(Style("ours, D made again", "ours again", partial(_fusion, again, training)))
     x, p = batch * channels * side**2, batch * width * side**2
-    moved = (10 * x + 4 * p) if training else x  # forward 3X + 2P, backward 7X + 2P
+    moved = (10 * x + 4 * p if training else x) * dtype.itemsize  # forward 3X + 2P, backward 7X + 2P
+    if training and op and has_triton("fuse_conv"):
+        halves, plane = (channels // 2,) * 2, (side, side)
+        way = op.plan(batch, halves, width, *plane, classes, dtype)
+        moved = sum(op.bytes_moved(batch, halves, width, *plane, classes, dtype=dtype, weights=dtype, made=way))
     flop = 18 * x + 2 * x * width
     return Problem(
         op="fuse_conv",
@@ -369,11 +395,108 @@ def fusion(
         exact=partial(_fusion, _fusion_by_torch, training),
         styles=(*styles, plain, *both_modes(plain)),
         wrt=("maps", "dw", "bn1", "pw", "bn2", "fc") if training else (),
-        bytes=moved * dtype.itemsize,
+        bytes=moved,
         flop=3 * flop if training else flop,
-        limit=64.0,  # a value that bf16 rounds across a ReLU's kink moves its gradient by all of itself
+        sure=_no_kinks if training and dtype == torch.float32 else None,
+        # A value that rounding carries across a ReLU's kink moves its gradient by all of itself, and one in 300 bf16 values is
+        # that close: torch itself is 37 % of the largest gradient and 6.7 % in distance away at (2, 1024, 512, 7).
+        limit=1 / EPS[dtype] if dtype.itemsize == 2 else 64.0,
+        rival=1 / EPS[dtype] if dtype.itemsize == 2 else 64.0,
+        far=3.0,
         gemm=channels >= 1024,
         quick=quick,
+    )
+
+
+def _depthwise(inputs: Inputs) -> Outputs:
+    return {"D": F.conv2d(inputs["x"], inputs["dw"], padding=1, groups=inputs["x"].shape[1])}
+
+
+def _depthwise_backward(inputs: Inputs) -> Outputs:
+    x, w, g = inputs["x"], inputs["dw"], inputs["g"]
+    wants = [True, True, False]
+    dx, dw, _ = torch.ops.aten.convolution_backward(g, x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], x.shape[1], wants)
+    return {"d x": dx, "d dw": dw}
+
+
+def _native(forward: Callable[[Inputs], Outputs], inputs: Inputs) -> Outputs:
+    """Torch's own depthwise kernels in place of the vendor's."""
+    with torch.backends.cudnn.flags(enabled=False):
+        return forward(inputs)
+
+
+class _Caught:
+    """Inside the block every launch of the kernels of a file is kept, so that one of them can be run again alone."""
+
+    def __init__(self, file: ModuleType):
+        self.file, self.real = file, file.launch
+        self.launches: dict[str, tuple[Callable[[], None], dict[str, Any]]] = {}
+
+    def __enter__(self) -> "_Caught":
+        def keep(kernel: Any, *args: Any, **named: Any) -> None:
+            self.launches[kernel.__name__] = partial(self.real, kernel, *args, **named), named
+            self.real(kernel, *args, **named)
+
+        vars(self.file)["launch"] = keep
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        vars(self.file)["launch"] = self.real
+
+
+def _module_gradients(path: Callable[..., Tensor], inputs: Inputs) -> Outputs:
+    with torch.enable_grad():
+        return solved(partial(_fusion, path, True), ("maps", "dw"), inputs)
+
+
+def _ours_alone(backward: bool, inputs: Inputs) -> Outputs:
+    """The depthwise kernel of the module launched again with the arguments that it had in the module: forward it takes the maps
+    unconcatenated and BatchNorm's statistics as well, backward it goes through BatchNorm first."""
+    name = "dw_backward" if backward else "dw_forward"
+    if name not in inputs:
+        file = module("fuse_conv")
+        assert file is not None
+        with _Caught(file) as caught:
+            _module_gradients(file.fuse_conv, inputs)
+        inputs[name] = caught.launches[name]
+    again, named = inputs[name]
+    again()
+    if backward:
+        return {"d maps0": named["dxs"][0], "d maps1": named["dxs"][1], "d dw0": named["dweight"]}
+    b, _, h, w = inputs["x"].shape
+    return {"D": named["d"].view(b, h, w, -1).permute(0, 3, 1, 2)}
+
+
+def _depthwise_exact(backward: bool, forward: Callable[[Inputs], Outputs], inputs: Inputs) -> Outputs:
+    """What the conv alone gives and, backward, what the module's kernel gives."""
+    return forward(inputs) | (_module_gradients(_fusion_by_torch, inputs) if backward else {})
+
+
+def depthwise(batch: int, channels: int, width: int, side: int, dtype: torch.dtype, backward: bool) -> Problem:
+    """The module's first conv alone, channels_last, forward or backward to data and weight."""
+    whole = fusion(batch, channels, width, side, dtype)
+
+    def draw(device: torch.device, seed: int) -> Inputs:
+        made, normal = whole.draw(device, seed), randoms(device, seed)
+        with torch.no_grad():
+            x = torch.cat(made["maps"], 1).contiguous(memory_format=torch.channels_last)
+        return made | {"x": x, "g": normal(*x.shape, dtype=dtype).contiguous(memory_format=torch.channels_last)}
+
+    forward = _depthwise_backward if backward else _depthwise
+    styles = [Style("ours", "ours", partial(_ours_alone, backward), missing="" if module("fuse_conv") else "not in this version")]
+    styles += [Style("eager", "eager", forward), Style("eager native", "eager", partial(_native, forward))]
+    size = batch * channels * side**2
+    return Problem(
+        op="fuse_conv",
+        case=f"B{batch} C{channels} {side}x{side} depthwise {'backward' if backward else 'forward'}",
+        dtype=dtype,
+        draw=draw,
+        exact=partial(_depthwise_exact, backward, forward),
+        styles=tuple(styles),
+        bytes=(4 if backward else 2) * size * dtype.itemsize,  # backward: gradient and D behind the BatchNorm, x, and dx
+        flop=(36 if backward else 18) * size,
+        limit=whole.limit,
+        far=whole.far,
     )
 
 
@@ -432,6 +555,58 @@ def bn_act(batch: int, channels: int, side: int, dtype: torch.dtype, *, residual
     )
 
 
+# ---- augment: uint8 images to a training batch ---------------------------------------------------------------------------------
+
+SEED, EPOCH, SIDE, PAD = 1, 2, 32, 4
+MEAN, STD = (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)  # CIFAR-100
+
+
+def _augment(path: Callable[..., Any], dtype: torch.dtype, inputs: Inputs) -> Outputs:
+    clock = inputs["seed"], inputs["epoch"]
+    made = path(inputs["images"], inputs["ids"], *clock, size=SIDE, pad=PAD, mean=MEAN, std=STD, dtype=dtype, channels_last=True)
+    return {"x": made.x[0]}
+
+
+def _augment_by_torch(dtype: torch.dtype, inputs: Inputs) -> Outputs:
+    """The trainer's own torch path over images that were padded once, and the cast to the nets' type."""
+    ids, span = inputs["ids"], 2 * PAD + 1
+    top, left = (below(uniform_bits(SEED, EPOCH, ids, stream), span) for stream in (0, 1))
+    flip = uniform_bits(SEED, EPOCH, ids, 2) < 2**31
+    cut = crop_flip(inputs["padded"], ids, top, left, flip, SIDE)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return {"x": cut.to(wide).mul_(inputs["scale"].to(wide)).add_(inputs["shift"].to(wide)).to(dtype)}
+
+
+def augment(batch: int, dtype: torch.dtype, *, quick: bool = False) -> Problem:
+    """CIFAR's pad 4, crop, flip, normalise, channels_last."""
+
+    def draw(device: torch.device, seed: int) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randint(0, 256, (4 * batch, 3, SIDE, SIDE), generator=generator).to(torch.uint8)
+        padded = F.pad(images.half(), (PAD,) * 4, "reflect").to(torch.uint8)
+        last = torch.channels_last
+        made = {"images": images.to(device), "padded": padded.to(device).contiguous(memory_format=last)}
+        made["ids"] = torch.randperm(4 * batch, generator=generator)[:batch].to(device)
+        made |= {name: torch.tensor(v, device=device) for name, v in (("seed", SEED), ("epoch", EPOCH))}
+        mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (MEAN, STD))
+        return made | {"scale": (1 / (255 * std)).to(device), "shift": (-mean / std).to(device)}
+
+    op = module("augment")
+    moved = batch * 3 * SIDE**2 * (1 + dtype.itemsize) + 8 * batch
+    plain = Style("eager", "eager", partial(_augment_by_torch, dtype))
+    return Problem(
+        op="augment",
+        case=f"B{batch} 3x{SIDE}x{SIDE}",
+        dtype=dtype,
+        draw=draw,
+        exact=partial(_augment_by_torch, torch.float64),
+        styles=(*_of_ours("augment", lambda path: partial(_augment, path, dtype)), plain, *both_modes(plain)),
+        bytes=op.bytes_moved(batch, 3, SIDE, dtype) if op else moved,
+        flop=2 * batch * 3 * SIDE**2,
+        quick=quick,
+    )
+
+
 # ---- what is run --------------------------------------------------------------------------------------------------------------
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -445,24 +620,39 @@ def _losses() -> list[Problem]:
 def _fusions() -> list[Problem]:
     made = [fusion(b, 128, 64, 8, BF16, quick=b == 128) for b in (128, 1024)]
     made += [fusion(256, c, c // 2, 7, BF16, classes=1000) for c in (1024, 4096)]
-    return made + [fusion(b, 128, 64, 8, BF16, training=False, quick=b == 128) for b in (128, 1024)]
+    made += [fusion(b, 128, 64, 8, BF16, training=False, quick=b == 128) for b in (128, 1024)]
+    return made + [depthwise(1024, 128, 64, 8, BF16, backward) for backward in (False, True)]
 
 
 def _bn_acts() -> list[Problem]:
     """The maps of ResNet-32 on CIFAR and of ResNet-50 at 224 pixels: after a conv, and where a block ends."""
-    made = [
-        bn_act(b, c, s, BF16, residual=r) for b in (128, 1024) for c, s in ((16, 32), (32, 16), (64, 8)) for r in (False, True)
-    ]
+    made = []
+    for batch in (128, 1024):
+        for channels, side in ((16, 32), (32, 16), (64, 8)):
+            made += [bn_act(batch, channels, side, BF16, residual=r, quick=batch == 128) for r in (False, True)]
     made += [bn_act(256, c, s, BF16) for c, s in ((64, 112), (64, 56), (128, 28), (256, 14), (512, 7))]
     return made + [bn_act(256, c, s, BF16, residual=True) for c, s in ((256, 56), (512, 28), (1024, 14), (2048, 7))]
 
 
-FULL: dict[str, Callable[[], list[Problem]]] = {"distill_graph": _losses, "fuse_conv": _fusions, "bn_act": _bn_acts}
+def _augments() -> list[Problem]:
+    return [augment(b, t, quick=b == 128) for b in (128, 1024) for t in (BF16, FP32)]
+
+
+FULL: dict[str, Callable[[], list[Problem]]] = {
+    "distill_graph": _losses,
+    "fuse_conv": _fusions,
+    "bn_act": _bn_acts,
+    "augment": _augments,
+}
 
 # Sizes the interpreter does in seconds.
 SMALL: dict[str, Callable[[], list[Problem]]] = {
     "distill_graph": lambda: [loss(5, 10, 2, FP32), loss(3, 129, 3, FP32), loss(4, 100, 2, BF16), loss(2, 1000, 4, FP16)],
-    "fuse_conv": lambda: [fusion(3, 6, 5, 4, t, classes=3, training=train) for t in (FP32, BF16) for train in (True, False)],
+    "fuse_conv": lambda: [
+        *(fusion(3, 6, 5, 4, t, classes=3, training=train) for t in (FP32, BF16) for train in (True, False)),
+        *(depthwise(2, 6, 5, 4, FP32, backward) for backward in (False, True)),
+    ],
+    "augment": lambda: [augment(4, t) for t in (FP32, BF16)],
     "bn_act": lambda: [bn_act(3, 5, 4, t, residual=r) for t in (FP32, BF16) for r in (False, True)],
 }
 

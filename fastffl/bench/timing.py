@@ -105,6 +105,8 @@ class Cuda:
 
     def prepare(self, call: Callable[[Any], Any], sets: Sequence[Any]) -> Prepared:
         """Capture len(sets) calls, or for one set as many as fill GRAPH_MS; what can't be captured is called eagerly."""
+        for inputs in sets:  # what a style makes of its inputs once must not be made inside the capture
+            call(inputs)
         once = self._once(lambda: call(sets[0]))
         calls = len(sets) if len(sets) > 1 else max(1, min(MOST_SETS, round(GRAPH_MS / once)))
         try:
@@ -117,9 +119,8 @@ class Cuda:
         return Prepared(lambda: [call(sets[k % len(sets)]) for k in range(calls)], calls, False)
 
     def _once(self, call: Callable[[], Any]) -> float:
-        """ms of one eager call, after two that warm up."""
-        for _ in range(2):
-            call()
+        """ms of one eager call, after one that warms up."""
+        call()
         torch.cuda.synchronize()
         begin = time.perf_counter()
         call()

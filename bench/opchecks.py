@@ -1,0 +1,233 @@
+"""One op on the GPU against float64: random cases in guard bands, large indices, graph replays, repeats.
+
+    python bench/opchecks.py OP --out FILE [--only random,large,replays,repeats] [--cases 10000] [--seconds 60] [--smoke]
+
+A row per check, appended to FILE; exit code 1 if one of them failed. Each op has a process of its own: an illegal access
+ends every later CUDA call of the process it happens in. --smoke walks through all of it on the CPU with the reference.
+"""
+
+import argparse
+import random
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from fastffl.bench import kernels, problems, timing
+from fastffl.bench.problems import Inputs, Outputs, Problem
+from fastffl_kernels import _launch
+
+Row = dict[str, Any]
+GUARD, CANARY = 512, 0x5A
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGE = (1 << 31) + 4096  # elements of one tensor: offsets past it need 64 bits
+SAMPLED = 4096  # rows compared on either side of the 2^31st element, and at the end
+
+
+class Guards:
+    """Outputs of the ops between canary bytes; `touched` counts canaries that changed."""
+
+    def __init__(self) -> None:
+        self.bands: list[Tensor] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        size = dtype.itemsize
+        for n in shape:
+            size *= n
+        whole = torch.full((size + 2 * GUARD,), CANARY, dtype=torch.uint8, device=device)
+        self.bands += [whole[:GUARD], whole[GUARD + size :]]
+        return whole[GUARD : GUARD + size].view(dtype).view(shape)
+
+    def touched(self) -> int:
+        return int(sum((band != CANARY).sum() for band in self.bands))
+
+
+@contextmanager
+def guarded() -> Iterator[Guards]:
+    guards = Guards()
+    with mock.patch.object(_launch, "empty", lambda shape, dtype, device: guards.empty(tuple(shape), dtype, device)):
+        yield guards
+
+
+def drawn(op: str, pick: random.Random) -> Problem:
+    """A random problem of an op. Sizes that kernels are compiled for come from short lists, so that 10,000 cases compile each
+    configuration once; batches, values and the rest are free."""
+    dtype, batch = pick.choice(DTYPES), pick.choice((1, 2, 3, 7, 16, 33, 64))
+    if op == "distill_graph":
+        classes = pick.choice((1, 2, 10, 100, 127, 128, 129, 1000, 1025, 4097))
+        return problems.loss(batch, classes, pick.choice((1, 2, 4)), dtype)
+    if op == "fuse_conv":
+        channels, width = pick.choice(((2, 1), (6, 5), (16, 16), (64, 33), (128, 64), (256, 128)))
+        side = pick.choice((1, 2, 7, 8))
+        training = side > 1 and pick.random() < 0.8  # of one pixel BatchNorm takes the depthwise weight's scale: no gradient
+        several = max(batch, -(-64 // side**2))  # fewer values a channel leave BatchNorm's gradient nothing but rounding
+        return problems.fusion(several, channels, width, side, dtype, classes=pick.choice((1, 10, 100)), training=training)
+    if op == "bn_act":
+        channels, side = pick.choice((1, 3, 16, 33, 64, 256)), pick.choice((1, 2, 7, 8, 31))
+        several = max(batch, -(-64 // side**2))
+        return problems.bn_act(several, channels, side, dtype, residual=pick.random() < 0.5)
+    if op == "augment":
+        return problems.augment(batch, dtype)
+    raise ValueError(f"{op}: no random problems; expected one of {', '.join(problems.FULL)}")
+
+
+def ours(problem: Problem) -> problems.Style:
+    return next(s for s in problem.styles if s.group == "ours")
+
+
+def solve(problem: Problem, inputs: Inputs) -> Outputs:
+    return problems.solved(ours(problem).forward, problem.wrt, inputs)
+
+
+def check_random(op: str, device: torch.device, cases: int, seconds: float) -> Row:
+    """Values, gradients and guard bands of random problems; case k is a function of (op, k) alone."""
+    end, done, worst, touched = time.monotonic() + seconds, 0, 0.0, 0
+    failures: list[str] = []
+    while done < cases and time.monotonic() < end and len(failures) < 5:
+        problem = drawn(op, random.Random(f"{op}/{done}"))
+        with guarded() as guards:
+            got = solve(problem, problem.draw(device, done))
+            bad = guards.touched()
+        said = kernels.verdict(problem, ours(problem), got, problems.truth(problem, problem.draw(device, done)))
+        worst, touched = max(worst, said["max_err"]), touched + bad
+        if said["state"] != "ok" or bad:
+            failures.append(
+                f"case {done}, {problem.case} {problems.SHORT[problem.dtype]}: {said['state']}, {bad} canaries touched"
+            )
+        done += 1
+    few = "" if done >= cases or failures else f"time for {done} of {cases} cases"
+    return {"value": done, "unit": "cases", "max_err": worst, "canaries": touched, "ok": not failures, "said": failures or few}
+
+
+# Problems whose answers do not change when the batch is repeated, with the inputs that repeat: batch statistics are means,
+# and so is the loss, whose gradients shrink by the number of repeats.
+REPEATED: dict[str, tuple[Callable[[bool], Problem], tuple[str, ...]]] = {
+    "distill_graph": (lambda tiny: problems.loss(16 if tiny else 4096, 1000, 1, torch.bfloat16), ("z", "labels")),
+    "fuse_conv": (lambda tiny: problems.fusion(2 if tiny else 32, 1024, 512, 7, torch.bfloat16), ("maps", "upstream")),
+    "bn_act": (lambda tiny: problems.bn_act(2 if tiny else 64, 64, 56, torch.bfloat16, residual=True), ("x", "upstream")),
+}
+
+
+def _repeat(value: Any, times: int) -> Any:
+    """A batch `times` over, in its own memory and layout."""
+    if isinstance(value, tuple):
+        return tuple(_repeat(x, times) for x in value)
+    last = value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last)
+    rows = (value.permute(0, 2, 3, 1) if last else value).detach()
+    whole = rows.repeat(times, *(1 for _ in rows.shape[1:]))
+    return (whole.permute(0, 3, 1, 2) if last else whole).requires_grad_(value.requires_grad)
+
+
+def check_large(op: str, device: torch.device, smoke: bool) -> Row:
+    """More than 2^31 elements in one tensor: rows round the 2^31st element and the last ones, against the small batch's."""
+    if op not in REPEATED:
+        return {"ok": True, "said": "no answer that a repeated batch leaves alone: tests/interp holds its 64-bit offsets"}
+    build, names = REPEATED[op]
+    problem = build(smoke)
+    inputs = problem.draw(device, 0)
+    truth = problems.truth(problem, problem.draw(device, 0))
+    first = problems.leaves(inputs[names[0]])
+    batch, each = first[0].shape[0], sum(x[0].numel() for x in first) if op == "fuse_conv" else first[0][0].numel()
+    times = 3 if smoke else -(-LARGE // (batch * each))
+    got = solve(problem, inputs | {name: _repeat(inputs[name], times) for name in names})
+    at = [min((1 << 31) // each, batch * times - 1), batch * times - 1]
+    rows = torch.cat([torch.arange(max(0, k - SAMPLED), min(batch * times, k + SAMPLED)) for k in at]).unique().to(device)
+    worst, far = 0.0, 0.0
+    for name, x in got.items():
+        if x.ndim and x.shape[0] == batch * times:
+            scale = times if op == "distill_graph" else 1
+            off = (scale * x.index_select(0, rows).double() - truth.values[name][rows % batch]).abs()
+            if name in truth.sure:
+                off *= truth.sure[name][rows % batch]
+            worst = max(worst, float(off.max() / (problems.EPS[x.dtype] * truth.values[name].abs().max())))
+            far = max(far, float(off.norm() / truth.values[name][rows % batch].norm()))
+    right = worst <= problem.rival and far <= problem.far * kernels.FAR[problem.dtype]  # NaN is neither
+    return {"value": batch * times * each, "unit": "elements", "max_err": worst, "distance": far, "ok": right}
+
+
+def small_problem(op: str) -> Problem:
+    """Of the size that training has, for replays and repeats."""
+    made = {
+        "distill_graph": lambda: problems.loss(128, 100, 2, torch.bfloat16),
+        "fuse_conv": lambda: problems.fusion(128, 128, 64, 8, torch.bfloat16),
+        "bn_act": lambda: problems.bn_act(128, 32, 16, torch.bfloat16, residual=True),
+    }
+    return made[op]() if op in made else problems.full([op], quick=True)[0]
+
+
+def same(a: Outputs, b: Outputs) -> bool:
+    return all(torch.equal(x, b[name]) for name, x in a.items())
+
+
+def check_repeats(op: str, device: torch.device, times: int) -> Row:
+    """The same inputs give the same bits each time."""
+    problem = small_problem(op)
+    first = solve(problem, problem.draw(device, 0))
+    other = [k for k in range(times) if not same(first, solve(problem, problem.draw(device, 0)))]
+    return {"value": times, "unit": "repeats", "ok": not other, "said": f"repeats {other[:5]} differ" if other else ""}
+
+
+def check_replays(op: str, device: torch.device, times: int) -> Row:
+    """A captured graph, replayed on other inputs each time, gives the bits of an eager call."""
+    problem = small_problem(op)
+    held = problem.draw(device, 0)
+    fresh = [problem.draw(device, k) for k in range(5)]
+    want = [solve(problem, problem.draw(device, k)) for k in range(5)]
+    with timing.clock_of(device) as clock:
+        kept: list[Outputs] = []
+        ready = clock.prepare(lambda inputs: kept.append(solve(problem, inputs)), [held, held])
+        wrong = 0
+        for k in range(times):
+            for mine, theirs in zip(problems.leaves(held), problems.leaves(fresh[k % 5]), strict=True):
+                mine.detach().copy_(theirs.detach())
+            ready.replay()
+            wrong += not same(kept[-1], want[k % 5])
+    return {"value": times, "unit": "replays", "graph": ready.graph, "ok": not wrong, "said": f"{wrong} differ" if wrong else ""}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("op", choices=tuple(problems.FULL))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", default="random,large,replays,repeats")
+    parser.add_argument("--cases", type=int, default=10_000)
+    parser.add_argument("--seconds", type=float, default=60, help="for the random cases")
+    parser.add_argument("--smoke", action="store_true")
+    args = parser.parse_args()
+    device = torch.device("cpu" if args.smoke else "cuda")
+    few = args.smoke
+    todo: dict[str, Callable[[], Row]] = {
+        "random": lambda: check_random(args.op, device, 4 if few else args.cases, args.seconds),
+        "large": lambda: check_large(args.op, device, few),
+        "replays": lambda: check_replays(args.op, device, 4 if few else 1000),
+        "repeats": lambda: check_repeats(args.op, device, 3 if few else 100),
+    }
+    facts = timing.circumstances()
+    failed = False
+    for name in args.only.split(","):
+        begin = time.perf_counter()
+        row: Row = {"case": f"checks: {args.op} {name}", "variant": "smoke" if few else "ours"}
+        try:
+            if not few and not problems.has_triton(args.op):
+                row |= {"ok": False, "error": "no Triton path in this version"}
+            else:
+                row |= todo[name]()
+        except Exception as error:  # a failing check must not cost those after it
+            row |= {"ok": False, "error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+            traceback.print_exc()
+        row["ms"] = 1e3 * (time.perf_counter() - begin)
+        timing.write(args.out, [row], facts)
+        print(row, flush=True)
+        failed |= not row["ok"]
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
