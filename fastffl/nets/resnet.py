@@ -4,8 +4,9 @@
 "resnet110" is the basic-block net (1.74 M parameters at 100 classes), not the bottleneck nets other papers call so.
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .fused_norm import norm_relu
 
 
 class Block(nn.Module):
@@ -22,10 +23,8 @@ class Block(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(d_in, d, 1, stride, bias=False), nn.BatchNorm2d(d))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        h = self.bn2(self.conv2(h))
-        h += x if self.downsample is None else self.downsample(x)  # in place: backward of BN does not need its output
-        return F.relu(h, inplace=True)
+        h = self.conv2(norm_relu(self.bn1, self.conv1(x)))
+        return norm_relu(self.bn2, h, x if self.downsample is None else self.downsample(x))
 
 
 class ResNet(nn.Module):
@@ -51,7 +50,7 @@ class ResNet(nn.Module):
         return nn.Sequential(Block(d_in, d, stride), *[Block(d, d, 1) for _ in range(m - 1)])
 
     def stem(self, x: Tensor) -> Tensor:
-        return self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x)), inplace=True)))
+        return self.layer2(self.layer1(norm_relu(self.bn1, self.conv1(x))))
 
     def tail(self, h: Tensor) -> Tensor:
         return self.layer3(h)

@@ -3,9 +3,9 @@
 The feature map for fusion is taken after the final BN and ReLU.
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .fused_norm import norm_relu
 from .resnet import init_convs
 
 
@@ -21,8 +21,8 @@ class WideBlock(nn.Module):
         self.shortcut = nn.Conv2d(d_in, d, 1, stride, bias=False) if d_in != d or stride != 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        a = F.relu(self.bn1(x), inplace=True)
-        h = self.conv2(F.relu(self.bn2(self.conv1(a)), inplace=True))
+        a = norm_relu(self.bn1, x)
+        h = self.conv2(norm_relu(self.bn2, self.conv1(a)))
         h += x if self.shortcut is None else self.shortcut(a)  # in place: backward of conv does not need its output
         return h
 
@@ -54,7 +54,7 @@ class WRN(nn.Module):
         return self.layer2(self.layer1(self.conv1(x)))
 
     def tail(self, h: Tensor) -> Tensor:
-        return F.relu(self.bn(self.layer3(h)), inplace=True)
+        return norm_relu(self.bn, self.layer3(h))
 
     def classify(self, f: Tensor) -> Tensor:
         return self.fc(f.mean((2, 3)))
