@@ -74,7 +74,7 @@ def _quantiles_on(alpha: float, device: torch.device) -> Tensor:
 
 @torch.library.custom_op("fastffl::augment_lambda", mutates_args=())
 def _lambda(k: Tensor, alpha: float) -> Tensor:
-    """The k-th quantile of Beta(alpha, alpha), () fp32; an op of its own so that torch.compile doesn't trace how they are made."""
+    """The k-th quantile of Beta(alpha, alpha), () fp32; an op of its own: torch.compile must not trace their making."""
     return _quantiles_on(alpha, k.device).index_select(0, k[None])[0]  # indexing by a 0-d tensor would be a read by the host
 
 

@@ -213,18 +213,17 @@ def test_an_empty_batch_and_far_images() -> None:
 
 
 def test_offsets_are_64_bit() -> None:
-    """The addresses of a view, made by the kernel's own function with huge strides and compared with Python's integers."""
+    """The kernel's own address function, called alone with huge strides and compared with Python's integers."""
     import triton
     import triton.language as tl
 
     @triton.jit
-    def offset(out, row, stride_n, d, stride_d, y, stride_h):
-        at = tl.load(row) * stride_n + d.to(tl.int64) * stride_d + y.to(tl.int64) * stride_h
-        tl.store(out, at)
+    def alone(out, row, d, y, x, stride_n, stride_d, stride_h, stride_w):
+        tl.store(out, device._offset(tl.load(row), d, y, x, stride_n, stride_d, stride_h, stride_w))
 
     out, row = torch.zeros(1, dtype=torch.int64), torch.tensor([70_000])
-    offset[(1,)](out, row, 150_528, 2, 2_000_000_000, 223, 100_000_000)
-    assert int(out) == 70_000 * 150_528 + 2 * 2_000_000_000 + 223 * 100_000_000
+    alone[(1,)](out, row, 2, 223, 200, 150_528, 2_000_000_000, 100_000_000, 90_000_000)
+    assert int(out) == 70_000 * 150_528 + 2 * 2_000_000_000 + 223 * 100_000_000 + 200 * 90_000_000
 
 
 def test_more_channels_than_the_kernel_takes() -> None:

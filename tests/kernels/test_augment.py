@@ -204,6 +204,6 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], text: str) -> None
 def test_triton_on_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     images = torch.zeros(2, 3, 6, 6, dtype=torch.uint8)
-    with use("triton"), pytest.raises(ValueError, match="images are on cpu; Triton needs CUDA"):
+    with use("triton"), pytest.raises(ValueError, match="on cpu; Triton needs CUDA"):
         augment(images, torch.tensor([0]), *scalars(0, 0), **PLAIN)
     assert "the op has a Triton path" in explain("augment", images) and callable(augment_reference)

@@ -59,6 +59,12 @@ def _below(bits, n: tl.constexpr):
 
 
 @triton.jit
+def _offset(row, d, y, x, stride_n, stride_d, stride_h, stride_w):
+    """Bytes from the first pixel of the first image, int64: a data set may have more than 2^31."""
+    return row * stride_n + d.to(tl.int64) * stride_d + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+
+
+@triton.jit
 def _view(
     images, row, known, h, view, i, j, d, live, stride_n, stride_d, stride_h, stride_w,
     S: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, REFLECT: tl.constexpr, FLIP: tl.constexpr,
@@ -77,7 +83,7 @@ def _view(
         x = (S - 1) - tl.abs((S - 1) - tl.abs(x))
     else:
         inside = inside & (y >= 0) & (y < S) & (x >= 0) & (x < S)
-    at = images + row * stride_n + d.to(tl.int64) * stride_d + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+    at = images + _offset(row, d, y, x, stride_n, stride_d, stride_h, stride_w)
     v = tl.load(at, mask=inside, other=0).to(tl.float32)
     scale, shift = tl.full(d.shape, SCALE[0], tl.float32), tl.full(d.shape, SHIFT[0], tl.float32)
     for c in tl.static_range(1, D):
