@@ -1,17 +1,23 @@
 """Everything that wants a GPU, unattended and in blocks: first what could not be checked before, then figures, then training.
 
-    python bench/gpu.py --out DIR [--official DIR] [--data DIR] [--only checks,step,train] [--minutes 9] [--smoke]
+    python bench/gpu.py --out DIR [--official DIR] [--data DIR] [--only checks,kernels,...] [--minutes 9] [--smoke]
 
-checks   the step on the device against the CPU, bf16 and fp16, no host read (torch's own sync detector), resume to the
-         same digest; one row each, `ok` or the reason
-step     bench/train.py: the FFL step against the authors' code (--official)
-train    ffl-cifar100-resnet32 --amp and its twin (--data), each resumed from DIR/runs where an earlier call stopped
+checks    the step on the device against the CPU, bf16 and fp16, no host read (torch's own sync detector), resume to the
+          same digest, kernels on and off; then each op (bench/opchecks.py): random cases against float64 in guard bands,
+          2^31 elements, graph replays, repeats. One row each, `ok` or the reason
+kernels   `fastffl bench kernels`, an op at a time: DIR/kernels.jsonl, kernels.svg and the table of goals
+sanitize  compute-sanitizer over 60 random cases of each op, where it is installed
+step      bench/train.py: the FFL step against the authors' code (--official)
+train     ffl-cifar100-resnet32 --amp and its twin (--data), each resumed from DIR/runs where an earlier call stopped
 
 Rows are appended to DIR/gpu.jsonl as they come. Each block ends by itself when --minutes are over; a block that fails
-writes its reason and the next one runs. --smoke walks through all of it on the CPU with tiny sizes: its figures mean nothing.
+writes its reason and the next one runs. Every op runs in a process of its own, since an illegal access ends all later CUDA
+calls of its process. --smoke walks through all of it on the CPU with tiny sizes: its figures mean nothing.
 """
 
 import argparse
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,8 +30,12 @@ from typing import Any
 
 import torch
 
+import fastffl_kernels
 from fastffl import recipes
-from fastffl.bench.timing import ROOT, circumstances, write
+from fastffl.bench import kernels as benched
+from fastffl.bench import problems, roofline, timing
+from fastffl.bench.problems import FULL
+from fastffl.bench.timing import ROOT, circumstances, read, write
 from fastffl.data import Place, source
 from fastffl.recipe import Recipe, change
 from fastffl.train import Learner, fit, optim
@@ -118,14 +128,26 @@ def check_resume(device: str) -> Row:
         torch.use_deterministic_algorithms(False)
 
 
+def check_kernels_on_off(device: str, steps: int) -> Row:
+    """The same training with the Triton kernels and with plain torch: each step's loss, fp32."""
+    recipe = small("cifar100")
+    found = {}
+    for choice in ("auto", "reference"):
+        with fastffl_kernels.use(choice):
+            found[choice] = losses(recipe, device, steps)
+    off = max(abs(a - b) / abs(b) for a, b in zip(found["auto"], found["reference"], strict=True))
+    return {"value": off, "unit": f"largest relative loss difference of {steps} steps", "ok": off < 1e-4}
+
+
 def checks(args: argparse.Namespace, emit: Callable[..., None]) -> None:
-    device = "cpu" if args.smoke else "cuda"
+    device, end = "cpu" if args.smoke else "cuda", time.monotonic() + 60 * args.minutes
     todo: dict[str, Callable[[], Row]] = {
         "step equals CPU, fp32": lambda: check_against_cpu(device, None, 2e-2),
         "step near CPU, bf16": lambda: check_against_cpu(device, "bf16", 1e-1),
         "step near CPU, fp16": lambda: check_against_cpu(device, "fp16", 1e-1),
         "no host read in a step": lambda: check_no_host_read(device),
         "resume to the same digest": lambda: check_resume(device),
+        "kernels on and off": lambda: check_kernels_on_off(device, 3 if args.smoke else 100),
     }
     for name, run in todo.items():
         try:
@@ -133,16 +155,78 @@ def checks(args: argparse.Namespace, emit: Callable[..., None]) -> None:
         except Exception as error:  # a failing check must not cost the blocks after it
             emit("checks", name, ok=False, error=f"{type(error).__name__}: {str(error).splitlines()[0]}")
             traceback.print_exc()
+    for k, op in enumerate(FULL):
+        share = max(20.0, (end - time.monotonic()) / (len(FULL) - k))
+        command = [
+            sys.executable,
+            "bench/opchecks.py",
+            op,
+            "--out",
+            str(args.out / "gpu.jsonl"),
+            "--seconds",
+            f"{0.5 * share:.0f}",
+        ]
+        code = run_for([*command, *(["--smoke"] if args.smoke else [])], share)
+        emit("checks", op, ok=code == 0, exit_code=code)
 
 
-def run_for(command: list[str], seconds: float) -> int:
-    """Run a command; after `seconds` it is asked to save and stop (SIGTERM). Its exit code."""
-    process = subprocess.Popen(command, cwd=ROOT)
+def run_for(command: list[str], seconds: float, grace: float = 60, **environment: str) -> int:
+    """Run a command; after `seconds` it is asked to save and stop (SIGTERM), after `grace` more it is killed. Its exit code."""
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment})
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)
-        return process.wait(120)
+    try:
+        return process.wait(grace)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+# What an op gets of the block's time: the loss and the fusion module have goals at several shapes, and rivals to compile.
+SHARES = {"distill_graph": 0.38, "fuse_conv": 0.4, "bn_act": 0.12, "augment": 0.05, "sgd_flat": 0.05}
+
+
+def kernels(args: argparse.Namespace, emit: Callable[..., None]) -> None:
+    out = args.out / "kernels.jsonl"
+    for op in FULL:
+        minutes = SHARES[op] * args.minutes
+        command = [sys.executable, "-m", "fastffl", "bench", "kernels", "--op", op, "--out", str(out)]
+        command += ["--device", "cpu", "--quick"] if args.smoke else ["--device", "cuda", "--minutes", f"{minutes:.2f}"]
+        code = run_for(command, 60 * minutes + 45, grace=5)  # the last compilation may still be under way
+        emit("kernels", op, ok=code == 0, exit_code=code, rows="kernels.jsonl")
+    rows = read(out) if out.is_file() else []
+    if args.smoke:
+        timed: list[Row] = []
+        benched.timed([problems.SMALL[op]()[0] for op in FULL], timing.Wall(), timed.append, rounds=2, passes=("",))
+        emit("kernels", "the measuring loop", ok=not any(map(benched.bad, timed)), rows_timed=len(timed))
+        rows += timed
+    roofline.draw(rows, args.out / "kernels.svg", circumstances()["device"])
+    for cells in benched.goal_table(benched.goals(rows)):
+        print("  ".join(f"{cell:>{width}}" for cell, width in zip(cells, (3, 60, 9, 9, 11, 11), strict=True)), flush=True)
+    met = [m.met for m in benched.goals(rows)]
+    emit("kernels", "goals", ok="no" not in met, **{word: met.count(word) for word in ("yes", "no", "unmeasured")})
+
+
+def sanitize(args: argparse.Namespace, emit: Callable[..., None]) -> None:
+    found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if found is None and not args.smoke:
+        emit("sanitize", "compute-sanitizer", ok=False, error="not installed")
+        return
+    tools = ("memcheck", "initcheck", "racecheck")
+    end = time.monotonic() + 60 * args.minutes
+    left = len(FULL) * len(tools)
+    for op in FULL:
+        for tool in tools:
+            share = max(20.0, (end - time.monotonic()) / left)
+            left -= 1
+            wrap = [found, "--tool", tool, "--error-exitcode", "9"] if found and not args.smoke else []
+            command = [*wrap, sys.executable, "bench/opchecks.py", op, "--only", "random", "--cases", "60"]
+            command += ["--out", str(args.out / "gpu.jsonl"), "--seconds", f"{share:.0f}"]
+            command += ["--smoke"] if args.smoke else []
+            code = run_for(command, share + 30, grace=5, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+            emit("sanitize", f"{op} {tool}", ok=code == 0, exit_code=code)
 
 
 def step(args: argparse.Namespace, emit: Callable[..., None]) -> None:
@@ -181,8 +265,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--official", type=Path)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--only", default="checks,step,train")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for each of step and train")
+    parser.add_argument("--only", default="checks,kernels,sanitize,step,train")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for each block")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     if not args.smoke and not torch.cuda.is_available():
@@ -200,11 +284,15 @@ def main() -> None:
         write(args.out / "gpu.jsonl", [row], facts)
         print(row, flush=True)
 
-    blocks = {"checks": checks, "step": step, "train": train}
+    blocks = {"checks": checks, "kernels": kernels, "sanitize": sanitize, "step": step, "train": train}
     for name in args.only.split(","):
         if name not in blocks:
             sys.exit(f"error: --only {name}: expected some of {', '.join(blocks)}")
-        blocks[name](args, emit)
+        try:
+            blocks[name](args, emit)
+        except Exception as error:  # a failing block must not cost those after it
+            emit(name, "the block", ok=False, error=f"{type(error).__name__}: {error}")
+            traceback.print_exc()
 
 
 if __name__ == "__main__":

@@ -75,6 +75,9 @@ def drawn(op: str, pick: random.Random) -> Problem:
         return problems.bn_act(several, channels, side, dtype, residual=pick.random() < 0.5)
     if op == "augment":
         return problems.augment(batch, dtype)
+    if op == "sgd_flat":
+        sizes = (1, 3, 16, 64, 1000, 1024, 1025)
+        return problems.sgd_flat("random", [(pick.choice(sizes), pick.choice((1, 3, 9))) for _ in range(pick.randrange(1, 9))])
     raise ValueError(f"{op}: no random problems; expected one of {', '.join(problems.FULL)}")
 
 
@@ -176,6 +179,8 @@ def check_repeats(op: str, device: torch.device, times: int) -> Row:
 
 def check_replays(op: str, device: torch.device, times: int) -> Row:
     """A captured graph, replayed on other inputs each time, gives the bits of an eager call."""
+    if op == "sgd_flat":
+        return replayed_steps(small_problem(op), device, times)
     problem = small_problem(op)
     held = problem.draw(device, 0)
     fresh = [problem.draw(device, k) for k in range(5)]
@@ -190,6 +195,25 @@ def check_replays(op: str, device: torch.device, times: int) -> Row:
             ready.replay()
             wrong += not same(kept[-1], want[k % 5])
     return {"value": times, "unit": "replays", "graph": ready.graph, "ok": not wrong, "said": f"{wrong} differ" if wrong else ""}
+
+
+def replayed_steps(problem: Problem, device: torch.device, times: int) -> Row:
+    """An optimizer's replays go on from one another: as many eager steps end in the same bits."""
+    captured, eager = problem.draw(device, 0), problem.draw(device, 0)
+    solve(problem, eager)
+    with timing.clock_of(device) as clock:
+        ready = clock.prepare(lambda inputs: solve(problem, inputs), [captured])
+        got = solve(problem, captured)
+        mine, theirs = captured["ours"][0], eager["ours"][0]
+        mine.flat.p.copy_(theirs.flat.p)
+        mine.m.copy_(theirs.m)
+        want: Outputs = {}
+        for _ in range(times):
+            ready.replay()
+            for _ in range(ready.calls):
+                want = solve(problem, eager)
+        right = same(got, want)
+    return {"value": times * ready.calls, "unit": "replayed steps", "graph": ready.graph, "ok": right}
 
 
 def main() -> None:

@@ -208,11 +208,20 @@ def verdict(problem: Problem, style: Style, got: Outputs, want: problems.Truth) 
     if style.group not in ("eager", "compile", "liger", "apex"):
         judged = problems.errors(got, want, problem.dtype, own=True)
         limits = {n: problems.VALUE if n[:2] != "d " and x.dtype == torch.float32 else problem.limit for n, x in got.items()}
-    far, most = problems.distance(got, want), problem.far * FAR[problem.dtype]
     wrong = [f"{n} is off by {judged[n]:.3g} eps, limit {limits[n]:g}" for n in judged if not judged[n] <= limits[n]]
-    wrong += [] if far <= most else [f"relative distance {far:.2g}, limit {most:g}"]
-    said = f"wrong: {'; '.join(wrong)}" if wrong else "ok"
-    return {"max_err": found[worst], "err_unit": "eps x max", "err_of": worst, "distance": far, "state": said}
+    far = problems.distances(got, want)
+    for name, value in far.items():
+        most = problem.far * max(FAR[problem.dtype], FAR[got[name].dtype])
+        if not value <= most:  # true for NaN, too
+            wrong.append(f"{name} has a relative distance of {value:.2g}, limit {most:g}")
+    said = f"wrong: {'; '.join(wrong[:3])}" if wrong else "ok"
+    return {
+        "max_err": found[worst],
+        "err_unit": "eps x max",
+        "err_of": worst,
+        "distance": max(far.values(), default=0.0),
+        "state": said,
+    }
 
 
 def _measure(run: Run, problem: Problem, styles: list[Style]) -> None:

@@ -6,7 +6,8 @@ package. All styles of a problem get the same inputs and give the same outputs b
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ import fastffl_kernels
 from fastffl_kernels import GraphEdge, _dispatch, distill_graph_reference
 from fastffl_kernels._launch import Norm
 
+from .. import nets
 from ..data.resident import crop_flip
 from ..data.rng import below, uniform_bits
 
@@ -132,8 +134,8 @@ def truth(problem: Problem, inputs: Inputs) -> Truth:
 
 
 def errors(got: Outputs, want: Truth, dtype: torch.dtype, *, own: bool = False) -> dict[str, float]:
-    """Per output the largest |got - want| in units of eps x largest |want|, eps of `dtype`; with `own`, values (not gradients)
-    are held to the eps of their own type. A value within 1e-6 of the truth counts as right, integers must be equal."""
+    """Per output the largest |got - want| in units of eps x largest |want|: the coarser eps of `dtype` and the output's type, and
+    with `own` that of its type for values (not gradients). A value within 1e-6 of the truth is right, integers must be equal."""
     made = {}
     for name, x in got.items():
         y = want.values[name]
@@ -145,21 +147,21 @@ def errors(got: Outputs, want: Truth, dtype: torch.dtype, *, own: bool = False) 
             off = off[want.sure[name]]
         worst, top = (float(v.max()) if v.numel() else 0.0 for v in (off, y.abs()))
         value = not name.startswith("d ")
-        unit = EPS[x.dtype if own and value else dtype]
+        unit = EPS[x.dtype] if own and value else max(EPS[x.dtype], EPS[dtype])
         made[name] = 0.0 if value and worst <= 1e-6 else worst / (unit * max(top, 1e-30))
     return made
 
 
-def distance(got: Outputs, want: Truth) -> float:
-    """The largest relative distance (root of summed squares) of an output: what one kink can't hide and one can't excuse."""
-    worst = 0.0
+def distances(got: Outputs, want: Truth) -> dict[str, float]:
+    """Relative distance (root of summed squares) per output: what no single kink can excuse."""
+    made = {}
     for name, x in got.items():
         if x.is_floating_point() and x.numel():
             y = want.values[name]
             off = torch.where(want.sure[name], x.double() - y, 0.0) if name in want.sure else x.double() - y
             far = float(off.norm() / y.norm().clamp(min=1e-30))
-            worst = max(worst, far if far == far else float("inf"))
-    return worst
+            made[name] = far if far == far else float("inf")
+    return made
 
 
 def compiled(style: Style, mode: str) -> Style:
@@ -607,6 +609,107 @@ def augment(batch: int, dtype: torch.dtype, *, quick: bool = False) -> Problem:
     )
 
 
+# ---- sgd_flat: momentum SGD over all parameters, and the half-precision weights behind it --------------------------------------
+
+SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": True}
+
+
+def _stepped(make: Callable[[list[Tensor]], tuple[Any, Callable[[Tensor], Tensor] | None]], key: str, inputs: Inputs) -> Outputs:
+    """One step of an optimizer that is made once per inputs, over parameters of its own. Where it writes no half-precision
+    weights itself they are copied after it."""
+    if key not in inputs:
+        params = [x.clone().requires_grad_() for x in inputs["p"]]
+        for x, g in zip(params, inputs["g"], strict=True):
+            x.grad = g.clone()
+        optimizer, shadow_of = make(params)
+        shadows = [shadow_of(x) for x in params] if shadow_of else [torch.empty_like(x, dtype=torch.bfloat16) for x in params]
+        inputs[key] = optimizer, params, shadows, shadow_of is None
+    optimizer, params, shadows, copies = inputs[key]
+    optimizer.step()
+    if copies:
+        torch._foreach_copy_(shadows, [x.detach() for x in params])
+    return _weights([x.detach() for x in params], shadows)
+
+
+def _weights(params: Sequence[Tensor], shadows: Sequence[Tensor]) -> Outputs:
+    return {f"p{k}": x for k, x in enumerate(params)} | {f"half {k}": x for k, x in enumerate(shadows)}
+
+
+def _fused(params: list[Tensor]) -> tuple[Any, None]:
+    return torch.optim.SGD(params, fused=True, **SGD), None
+
+
+def _apex(params: list[Tensor]) -> tuple[Any, None]:
+    from apex.optimizers import FusedSGD  # type: ignore[import-not-found, unused-ignore]
+
+    return FusedSGD(params, **SGD), None
+
+
+def _flat(params: list[Tensor]) -> tuple[Any, Callable[[Tensor], Tensor]]:
+    file = module("sgd_flat")
+    assert file is not None
+    optimizer = file.FlatSGD(params, shadow=torch.bfloat16, **SGD)
+    return optimizer, optimizer.shadow_of
+
+
+def _flat_plainly(params: list[Tensor]) -> tuple[Any, Callable[[Tensor], Tensor]]:
+    optimizer, shadow_of = _flat(params)
+    real = optimizer.step
+
+    def step() -> None:
+        with fastffl_kernels.use("reference"):
+            real()
+
+    optimizer.step = step
+    return optimizer, shadow_of
+
+
+def _foreach(inputs: Inputs) -> Outputs:
+    """The step in torch's list operations, in place."""
+    p, g, m, shadows = (list(inputs[name]) for name in ("p", "g", "m", "half"))
+    d = torch._foreach_add(g, p, alpha=SGD["weight_decay"])
+    torch._foreach_mul_(m, SGD["momentum"])
+    torch._foreach_add_(m, d)
+    torch._foreach_add_(p, torch._foreach_add(d, m, alpha=SGD["momentum"]), alpha=-SGD["lr"])
+    torch._foreach_copy_(shadows, p)
+    return _weights(p, shadows)
+
+
+def sgd_flat(name: str, shapes: Sequence[tuple[int, ...]], *, quick: bool = False) -> Problem:
+    """One step over parameters of the given shapes in fp32, with bf16 weights written behind it."""
+
+    def draw(device: torch.device, seed: int) -> Inputs:
+        normal = randoms(device, seed)
+        made = {which: tuple(normal(*shape, scale=0.1) for shape in shapes) for which in ("p", "g")}
+        made["m"] = tuple(torch.zeros_like(x) for x in made["p"])
+        return made | {"half": tuple(torch.empty_like(x, dtype=torch.bfloat16) for x in made["p"])}
+
+    missing = "" if module("sgd_flat") else "not in this version"
+    plain = Style("eager foreach", "eager", _foreach)
+    styles = [Style("ours", "ours", partial(_stepped, _flat, "ours"), missing=missing)]
+    styles += [Style("reference", "reference", partial(_stepped, _flat_plainly, "reference"), missing=missing)]
+    styles += [Style("eager fused SGD, cast", "eager", partial(_stepped, _fused, "fused")), plain]
+    styles += [Style("apex FusedSGD, cast", "apex", partial(_stepped, _apex, "apex"), missing=no_apex())]
+    size = sum(math.prod(shape) for shape in shapes)
+    return Problem(
+        op="sgd_flat",
+        case=name,
+        dtype=torch.float32,
+        draw=draw,
+        exact=_foreach,
+        styles=(*styles, *both_modes(plain)),
+        bytes=22 * size,
+        flop=7 * size,
+        quick=quick,
+    )
+
+
+def _shapes(net: str, classes: int, size: int) -> list[tuple[int, ...]]:
+    """Of the parameters of two such nets."""
+    with torch.device("meta"):
+        return [tuple(p.shape) for p in nets.plain(net, classes, 3, size).parameters()] * 2
+
+
 # ---- what is run --------------------------------------------------------------------------------------------------------------
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -638,11 +741,17 @@ def _augments() -> list[Problem]:
     return [augment(b, t, quick=b == 128) for b in (128, 1024) for t in (BF16, FP32)]
 
 
+def _steps() -> list[Problem]:
+    small = sgd_flat("ResNet-32 x2", _shapes("resnet32", 100, 32), quick=True)
+    return [small, sgd_flat("ResNet-50 x2", _shapes("resnet50", 1000, 224))]
+
+
 FULL: dict[str, Callable[[], list[Problem]]] = {
     "distill_graph": _losses,
     "fuse_conv": _fusions,
     "bn_act": _bn_acts,
     "augment": _augments,
+    "sgd_flat": _steps,
 }
 
 # Sizes the interpreter does in seconds.
@@ -652,6 +761,7 @@ SMALL: dict[str, Callable[[], list[Problem]]] = {
         *(fusion(3, 6, 5, 4, t, classes=3, training=train) for t in (FP32, BF16) for train in (True, False)),
         *(depthwise(2, 6, 5, 4, FP32, backward) for backward in (False, True)),
     ],
+    "sgd_flat": lambda: [sgd_flat("3 tensors", [(3, 2, 3, 3), (5,), (700, 4)])],
     "augment": lambda: [augment(4, t) for t in (FP32, BF16)],
     "bn_act": lambda: [bn_act(3, 5, 4, t, residual=r) for t in (FP32, BF16) for r in (False, True)],
 }
