@@ -189,12 +189,13 @@ SHARES = {"distill_graph": 0.38, "fuse_conv": 0.4, "bn_act": 0.12, "augment": 0.
 
 
 def kernels(args: argparse.Namespace, emit: Callable[..., None]) -> None:
-    out = args.out / "kernels.jsonl"
-    for op in FULL:
-        minutes = SHARES[op] * args.minutes
+    out, end = args.out / "kernels.jsonl", time.monotonic() + 60 * args.minutes
+    for k, op in enumerate(FULL):
+        share = SHARES[op] / sum(SHARES[later] for later in list(FULL)[k:])
+        seconds = max(20.0, share * (end - time.monotonic()))
         command = [sys.executable, "-m", "fastffl", "bench", "kernels", "--op", op, "--out", str(out)]
-        command += ["--device", "cpu", "--quick"] if args.smoke else ["--device", "cuda", "--minutes", f"{minutes:.2f}"]
-        code = run_for(command, 60 * minutes + 45, grace=5)  # the last compilation may still be under way
+        command += ["--device", "cpu", "--quick"] if args.smoke else ["--device", "cuda", "--minutes", f"{seconds / 60:.2f}"]
+        code = run_for(command, seconds + 45, grace=5)  # the last compilation may still be under way
         emit("kernels", op, ok=code == 0, exit_code=code, rows="kernels.jsonl")
     rows = read(out) if out.is_file() else []
     if args.smoke:
@@ -202,11 +203,12 @@ def kernels(args: argparse.Namespace, emit: Callable[..., None]) -> None:
         benched.timed([problems.SMALL[op]()[0] for op in FULL], timing.Wall(), timed.append, rounds=2, passes=("",))
         emit("kernels", "the measuring loop", ok=not any(map(benched.bad, timed)), rows_timed=len(timed))
         rows += timed
-    roofline.draw(rows, args.out / "kernels.svg", circumstances()["device"])
-    for cells in benched.goal_table(benched.goals(rows)):
+    measured = benched.goals(rows)
+    for cells in benched.goal_table(measured):
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(cells, (3, 60, 9, 9, 11, 11), strict=True)), flush=True)
-    met = [m.met for m in benched.goals(rows)]
+    met = [m.met for m in measured]
     emit("kernels", "goals", ok="no" not in met, **{word: met.count(word) for word in ("yes", "no", "unmeasured")})
+    roofline.draw(rows, args.out / "kernels.svg", circumstances()["device"])
 
 
 def sanitize(args: argparse.Namespace, emit: Callable[..., None]) -> None:

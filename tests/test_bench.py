@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -66,3 +67,41 @@ def test_committed_rows_are_whole(path: Path) -> None:
     for line in path.read_text().splitlines():
         row = json.loads(line)
         assert {"case", "variant", "ms", "device", "commit", "torch"} <= row.keys()
+
+
+def test_the_checks_of_an_op_see_a_wrong_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeded: values 1 % too large, a byte written behind an output, other rows behind the 2^31st element, a drifting repeat."""
+    import opchecks
+    from fastffl.bench import problems
+    from fastffl_kernels import _launch
+
+    cpu, file = torch.device("cpu"), problems.module("bn_act")
+    assert file is not None
+    real = file.bn_act
+    assert opchecks.check_random("bn_act", cpu, 6, 60)["ok"] and opchecks.check_large("bn_act", cpu, True)["ok"]
+    monkeypatch.setattr(file, "bn_act", lambda x, *args, **named: 1.01 * real(x, *args, **named))
+    found = opchecks.check_random("bn_act", cpu, 6, 60)
+    assert not found["ok"] and "off by" in found["said"][0]
+
+    def beyond(x: torch.Tensor, *args: object, **named: object) -> torch.Tensor:
+        out = _launch.empty((3,), torch.float32, cpu)
+        torch.as_strided(out, (4,), (1,)).fill_(0)
+        return real(x, *args, **named)
+
+    monkeypatch.setattr(file, "bn_act", beyond)
+    found = opchecks.check_random("bn_act", cpu, 1, 60)
+    assert not found["ok"] and found["canaries"] > 0
+    monkeypatch.setattr(file, "bn_act", lambda x, *args, **named: real(x, *args, **named).roll(1, 0))
+    assert not opchecks.check_large("bn_act", cpu, True)["ok"]
+    times = iter(range(99))
+    monkeypatch.setattr(file, "bn_act", lambda x, *args, **named: real(x, *args, **named) + next(times) // 2)
+    assert not opchecks.check_repeats("bn_act", cpu, 3)["ok"]
+
+
+def test_a_block_that_does_not_stop_is_stopped() -> None:
+    import gpu
+
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+    assert gpu.run_for([sys.executable, "-c", deaf], 1.0, grace=0.3) == -9
+    assert gpu.run_for([sys.executable, "-c", "import os; os._exit(int(os.environ['CODE']))"], 30, CODE="5") == 5
+    assert set(gpu.SHARES) == set(gpu.FULL) and sum(gpu.SHARES.values()) == pytest.approx(1)

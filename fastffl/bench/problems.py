@@ -26,7 +26,7 @@ from .. import nets
 from ..data.resident import crop_flip
 from ..data.rng import below, uniform_bits
 
-Inputs = dict[str, Any]  # tensors, or tuples of them, by name
+Inputs = dict[str, Any]  # tensors, or tuples of them, by name; what a style keeps of its own has a name with _
 Outputs = dict[str, Tensor]
 EPS = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-23, torch.float64: 2.0**-52}
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
@@ -455,13 +455,13 @@ def _ours_alone(backward: bool, inputs: Inputs) -> Outputs:
     """The depthwise kernel of the module launched again with the arguments that it had in the module: forward it takes the maps
     unconcatenated and BatchNorm's statistics as well, backward it goes through BatchNorm first."""
     name = "dw_backward" if backward else "dw_forward"
-    if name not in inputs:
+    if f"_{name}" not in inputs:
         file = module("fuse_conv")
         assert file is not None
         with _Caught(file) as caught:
             _module_gradients(file.fuse_conv, inputs)
-        inputs[name] = caught.launches[name]
-    again, named = inputs[name]
+        inputs[f"_{name}"] = caught.launches[name]
+    again, named = inputs[f"_{name}"]
     again()
     if backward:
         return {"d maps0": named["dxs"][0], "d maps1": named["dxs"][1], "d dw0": named["dweight"]}
@@ -686,10 +686,10 @@ def sgd_flat(name: str, shapes: Sequence[tuple[int, ...]], *, quick: bool = Fals
 
     missing = "" if module("sgd_flat") else "not in this version"
     plain = Style("eager foreach", "eager", _foreach)
-    styles = [Style("ours", "ours", partial(_stepped, _flat, "ours"), missing=missing)]
-    styles += [Style("reference", "reference", partial(_stepped, _flat_plainly, "reference"), missing=missing)]
-    styles += [Style("eager fused SGD, cast", "eager", partial(_stepped, _fused, "fused")), plain]
-    styles += [Style("apex FusedSGD, cast", "apex", partial(_stepped, _apex, "apex"), missing=no_apex())]
+    styles = [Style("ours", "ours", partial(_stepped, _flat, "_ours"), missing=missing)]
+    styles += [Style("reference", "reference", partial(_stepped, _flat_plainly, "_reference"), missing=missing)]
+    styles += [Style("eager fused SGD, cast", "eager", partial(_stepped, _fused, "_fused")), plain]
+    styles += [Style("apex FusedSGD, cast", "apex", partial(_stepped, _apex, "_apex"), missing=no_apex())]
     size = sum(math.prod(shape) for shape in shapes)
     return Problem(
         op="sgd_flat",

@@ -186,6 +186,10 @@ def test_graphs_and_events(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # all to warm up, the first again, timed, then the capture
     times = clock.interleave({"a": ready, "b": ready}, 4, cold=True)
     assert clock._flush.zero_.call_count == 8 and all(t == pytest.approx(1e-3 / 3) for t in times["a"] + times["b"])
+    fake.memory_allocated.return_value, fake.max_memory_allocated.return_value = 10, 25
+    assert clock.peak(lambda: None) == 15
+    roofs = timing.ceilings(clock, 1, 16, 3)
+    assert roofs.copy > 0 and roofs.gemm > 0 and fake._sleep.call_count == 4 + 3
     fake.graph.side_effect = RuntimeError("operation not permitted when stream is capturing")
     eager = clock.prepare(seen.append, [1, 2])
     assert not eager.graph and eager.replay() == [None, None]
