@@ -59,12 +59,6 @@ def _jit() -> Any:
     return jit
 
 
-def whole(rows: int, C: int, itemsize: int) -> bool:
-    """Whether rows (N, C) take one launch each way instead of two."""
-    jit = _jit()
-    return bool(jit.sums_plan(rows, C, itemsize, jit.TILE).whole)
-
-
 def bytes_moved(rows: int, C: int, itemsize: int, *, residual: bool, relu: bool, training: bool) -> dict[str, int]:
     """Kernel -> bytes of the maps it reads and writes, each once; vectors of C and partials (under 1 % from 2,000 rows on)
     are not counted."""
@@ -72,7 +66,7 @@ def bytes_moved(rows: int, C: int, itemsize: int, *, residual: bool, relu: bool,
     if not training:
         return {"bn_act_apply": (2 + add) * X}
     kept = int(relu and residual)
-    if whole(rows, C, itemsize):
+    if _jit().whole(rows, C, itemsize):
         return {"bn_act_whole": (2 + add) * X, "bn_act_backward_whole": (3 + 2 * kept) * X}
     return {
         **{"bn_act_stats": X, "bn_act_apply": (2 + add) * X},
@@ -297,7 +291,7 @@ class _BnAct(torch.autograd.Function):
         momentum: float,
         eps: float,
     ) -> Tensor:
-        if whole(x.shape[0], x.shape[1], x.element_size()):
+        if _jit().whole(*x.shape, x.element_size()):
             y, mean, invstd = _whole(x, residual, weight, bias, running_mean, running_var, batches, relu, momentum, eps)
         else:
             mean, invstd = _stats(x, running_mean, running_var, batches, momentum, eps)
@@ -314,7 +308,7 @@ class _BnAct(torch.autograd.Function):
             return (None,) * 10
         need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
         dy, relu, dx = grads[0].contiguous(), ctx.relu, None
-        if need_x and whole(x.shape[0], x.shape[1], x.element_size()):
+        if need_x and _jit().whole(*x.shape, x.element_size()):
             dx, dweight, dbias, g = _backward_whole(dy, x, y, weight, bias, mean, invstd, relu)
         else:
             dweight, dbias, g = _backward_sums(dy, x, y, weight, bias, mean, invstd, relu)
@@ -338,8 +332,12 @@ def _rows(x: Tensor) -> Tensor:
     return (x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) if x.ndim == 4 else x).contiguous()
 
 
-def _triton(x: Tensor, norm: Norm, residual: Tensor | None, relu: bool, training: bool, batches: Tensor | None) -> Tensor:
+def _triton(x: Tensor, norm: Norm, *, residual: Tensor | None, relu: bool, training: bool, batches: Tensor | None) -> Tensor:
     weight, bias, running_mean, running_var, momentum, eps = norm
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"FASTFFL_KERNELS=triton: x is on {x.device}; expected cuda, or TRITON_INTERPRET=1 to interpret kernels")
+    if not all(v is None or v.is_contiguous() for v in (running_mean, running_var)):
+        raise ValueError("the running mean and variance are updated in place; expected contiguous ones")
     weight, bias, rows = weight.contiguous(), bias.contiguous(), _rows(x)
     add = None if residual is None else _rows(residual)
     if training:
@@ -392,13 +390,8 @@ def bn_act(
         raise ValueError("training=False needs the running mean and variance, got None")
     if training and x.numel() == C:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
-    path = triton_path("bn_act", x)
     learns = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, residual, norm.weight, norm.bias))
-    if path is None or x.dtype == torch.float64 or x.numel() == 0 or (learns and not training):
-        return bn_act_reference(x, norm, residual=residual, relu=relu, training=training, batches=batches)
-    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"FASTFFL_KERNELS=triton: x is on {x.device}; expected cuda, or TRITON_INTERPRET=1 to interpret kernels")
-    if not all(v is None or v.is_contiguous() for v in (norm.running_mean, norm.running_var)):
-        raise ValueError("the running mean and variance are updated in place; expected contiguous ones")
-    y: Tensor = path(x, norm, residual, relu, training, batches)
+    only_reference = x.dtype == torch.float64 or x.numel() == 0 or (learns and not training)
+    path = bn_act_reference if only_reference else triton_path("bn_act", x) or bn_act_reference
+    y: Tensor = path(x, norm, residual=residual, relu=relu, training=training, batches=batches)
     return y

@@ -7,13 +7,14 @@ channel, or one channel, those may cancel to nothing.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from fastinterp import fast
 from kernelkit import EPS, Guards, device_work, draws, guarded, saved_bytes
 from torch import Tensor
 
@@ -27,6 +28,12 @@ op: Any = package  # a module, also once the package re-exports the function und
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHANNELS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 40, 63, 64, 65)
 SPREAD = ((0.0, 1.0), (0.0, 1.0), (100.0, 1.0), (0.0, 1e-3), (-3.0, 50.0))
+
+
+@pytest.fixture(autouse=True)
+def quick() -> Iterator[None]:
+    with fast():
+        yield
 
 
 class Case(NamedTuple):
@@ -395,6 +402,26 @@ def test_compiles_whole_and_equals_eager(kind: str, two: bool, monkeypatch: pyte
     assert int(got["batches"]) == int(c.training) and got["y"].stride() == want["y"].stride()
 
 
+def test_few_compilations_over_many_batch_sizes() -> None:
+    """At most two more over 20 batch sizes (reliability.md D9), though some take one launch and some two."""
+    import torch._dynamo.testing
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(bn_act, fullgraph=True, backend=counter)
+    w, b = torch.ones(4, requires_grad=True), torch.zeros(4)
+    for B in range(2, 42, 2):
+        x = torch.randn(B, 4, 20, 20).contiguous(memory_format=torch.channels_last)
+        assert jit.whole(B * 400, 4, 4) == (B * 400 * 16 <= 64 << 10)
+        norm = Norm(w, b, torch.zeros(4), torch.ones(4))
+        with use("triton"):
+            y = compiled(x, norm, training=True)
+        (dw,) = torch.autograd.grad(y.square().sum(), w)
+        y = bn_act_reference(x, norm, training=True)
+        torch.testing.assert_close(dw, torch.autograd.grad(y.square().sum(), w)[0], rtol=1e-4, atol=1e-3)
+    assert counter.frame_count <= 3
+
+
 def test_double_backward_is_an_error_not_a_zero() -> None:
     c = plain()
     x, dy = c.x.requires_grad_(), c.dy.requires_grad_()
@@ -412,6 +439,18 @@ def test_y_changed_after_the_forward_is_an_error() -> None:
     y.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_an_activation_in_place_behind_it() -> None:
+    """What nets do with a norm's output where the ReLU stayed outside."""
+    c = plain()
+    found = []
+    for path in ("triton", "reference"):
+        x = c.x.clone().requires_grad_()
+        with use(path):  # type: ignore[arg-type]
+            y = torch.relu_(bn_act(x, Norm(c.weight, c.bias, None, None), relu=False, training=True))
+        found.append(torch.autograd.grad(y, x, c.dy)[0])
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -500,3 +539,31 @@ def test_the_comparison_sees_seeded_bugs(bug: str, monkeypatch: pytest.MonkeyPat
     for pair in op._launch._counters.values():  # a bug here must not reach the tests behind it
         for k in pair:
             k.zero_()
+
+
+def test_a_whole_net_with_fused_norms() -> None:
+    """resnet8: outputs, gradients and statistics of the plain net, each norm one launch forward and one backward."""
+    from fastffl import nets
+    from fastffl.nets.fused_norm import fuse_norms
+
+    found = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        net = nets.plain("resnet8", 5, 3, 8).to(memory_format=torch.channels_last)
+        assert not fused or fuse_norms(net) == 9
+        x = torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+        with use("triton" if fused else "reference"), _launch.recorded() as seen:
+            net(x).square().sum().backward()
+        assert len(seen) == (18 if fused else 0)
+        grads = {k: p.grad for k, p in net.named_parameters() if p.grad is not None}
+        with use("triton" if fused else "reference"), torch.no_grad():
+            found.append({**grads, **dict(net.named_buffers()), "eval": net.eval()(x)})
+    assert list(found[0]) == list(found[1])
+    for name, want in found[1].items():
+        torch.testing.assert_close(found[0][name], want, rtol=1e-3, atol=1e-5 * max(1.0, float(want.abs().max())), msg=name)
+
+
+def test_running_statistics_that_can_not_be_written_in_place() -> None:
+    stepped = torch.zeros(6)[::2]
+    with use("triton"), pytest.raises(ValueError, match="updated in place; expected contiguous ones"):
+        bn_act(torch.randn(4, 3), Norm(torch.ones(3), torch.zeros(3), stepped, torch.ones(3)), training=True)

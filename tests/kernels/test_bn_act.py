@@ -122,7 +122,7 @@ def test_without_a_gpu_triton_is_refused_in_words(monkeypatch: pytest.MonkeyPatc
     norm = Norm(torch.ones(3), torch.zeros(3), torch.zeros(3), torch.ones(3))
     x = torch.randn(2, 3, 4, 4)
     with use("triton"):
-        with pytest.raises(ValueError, match="x is on cpu; expected cuda, or TRITON_INTERPRET=1"):
+        with pytest.raises(ValueError, match=r"on cpu; .*TRITON_INTERPRET=1"):
             bn_act(x, norm, training=True)
         wide = x.double()  # the reference's, whatever was asked
         same = Norm(*(v.double() for v in norm[:2]), None, None)
@@ -156,7 +156,7 @@ def test_every_row_and_channel_belongs_to_one_program() -> None:
         for tile in (jit.TILE, jit.SUMS_TILE):
             plan = jit.sums_plan(rows, C, size, tile)
             assert plan.whole == jit.sums_plan(rows, C, size, jit.TILE).whole  # forward and backward agree
-            assert plan.whole or (plan.blocks <= jit.BLOCKS and plan.parts * plan.blocks <= jit.PROGRAMS + plan.blocks)
+            assert plan.whole or (plan.blocks <= jit.COUNTERS and plan.parts * plan.blocks <= jit.PROGRAMS + plan.blocks)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ STEPS = 4  # tiles a program of a first launch reads at least: fewer programs, f
 # Bytes of one operand that one program of a whole launch reads: 64 KiB three times at the 75 GB/s of one SM cost 2.6 us,
 # about what the second launch costs inside a CUDA graph (performance.md, C4). Not yet measured on a GPU.
 WHOLE = 64 << 10
-BLOCKS = 1 << 12  # blocks of channels that a first launch may have, each takes an arrival counter
+COUNTERS = 1 << 12  # blocks of channels that a first launch may have, each takes an arrival counter
 
 NO_MASK, FROM_X, FROM_Y = 0, 1, 2  # where the backward finds which ReLUs were open
 
@@ -44,14 +44,18 @@ def _power2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def whole(rows: int, C: int, itemsize: int) -> bool:
+    """Whether rows (N, C) take one launch each way: where the slab of a program is small. Also asked while tracing."""
+    return rows * min(_power2(C), WHOLE_C) * itemsize <= WHOLE or C > COUNTERS * SUM_C
+
+
 def sums_plan(rows: int, C: int, itemsize: int, tile: int) -> Plan:
-    """The statistics (TILE) and the backward's sums (SUMS_TILE): one launch for all where the slab of a program is small."""
-    block_c = min(_power2(C), WHOLE_C)
-    blocks = -(-C // block_c)
-    if rows * block_c * itemsize <= WHOLE or blocks > BLOCKS:
-        return Plan(True, tile // block_c, block_c, blocks, 1, rows)
-    block_c = min(_power2(C), SUM_C)
+    """The statistics (TILE) and the backward's sums (SUMS_TILE)."""
+    one = whole(rows, C, itemsize)
+    block_c = min(_power2(C), WHOLE_C if one else SUM_C)
     block_n, blocks = tile // block_c, -(-C // block_c)
+    if one:
+        return Plan(True, block_n, block_c, blocks, 1, rows)
     parts = max(1, min(PROGRAMS // blocks, -(-rows // (STEPS * block_n))))
     per = -(-rows // (parts * block_n)) * block_n
     return Plan(False, block_n, block_c, blocks, -(-rows // per), per)
