@@ -1,6 +1,6 @@
 """Everything that wants a GPU, unattended and in blocks: first what could not be checked before, then figures, then training.
 
-    python bench/gpu.py --out DIR [--official DIR] [--data DIR] [--only checks,kernels,...] [--minutes 9] [--smoke]
+    python bench/gpu.py --out DIR [--official DIR] [--data DIR] [--only checks,kernels,...] [--ops A,B] [--minutes 9] [--smoke]
 
 checks    the step on the device against the CPU, bf16 and fp16, no host read (torch's own sync detector), resume to the
           same digest, kernels on and off; then each op (bench/opchecks.py): random cases against float64 in guard bands,
@@ -155,8 +155,8 @@ def checks(args: argparse.Namespace, emit: Callable[..., None]) -> None:
         except Exception as error:  # a failing check must not cost the blocks after it
             emit("checks", name, ok=False, error=f"{type(error).__name__}: {str(error).splitlines()[0]}")
             traceback.print_exc()
-    for k, op in enumerate(FULL):
-        share = max(20.0, (end - time.monotonic()) / (len(FULL) - k))
+    for k, op in enumerate(args.ops):
+        share = max(20.0, (end - time.monotonic()) / (len(args.ops) - k))
         command = [
             sys.executable,
             "bench/opchecks.py",
@@ -190,8 +190,8 @@ SHARES = {"distill_graph": 0.38, "fuse_conv": 0.4, "bn_act": 0.12, "augment": 0.
 
 def kernels(args: argparse.Namespace, emit: Callable[..., None]) -> None:
     out, end = args.out / "kernels.jsonl", time.monotonic() + 60 * args.minutes
-    for k, op in enumerate(FULL):
-        share = SHARES[op] / sum(SHARES[later] for later in list(FULL)[k:])
+    for k, op in enumerate(args.ops):
+        share = SHARES[op] / sum(SHARES[later] for later in args.ops[k:])
         seconds = max(20.0, share * (end - time.monotonic()))
         command = [sys.executable, "-m", "fastffl", "bench", "kernels", "--op", op, "--out", str(out)]
         command += ["--device", "cpu", "--quick"] if args.smoke else ["--device", "cuda", "--minutes", f"{seconds / 60:.2f}"]
@@ -200,7 +200,7 @@ def kernels(args: argparse.Namespace, emit: Callable[..., None]) -> None:
     rows = read(out) if out.is_file() else []
     if args.smoke:
         timed: list[Row] = []
-        benched.timed([problems.SMALL[op]()[0] for op in FULL], timing.Wall(), timed.append, rounds=2, passes=("",))
+        benched.timed([problems.SMALL[op]()[0] for op in args.ops], timing.Wall(), timed.append, rounds=2, passes=("",))
         emit("kernels", "the measuring loop", ok=not any(map(benched.bad, timed)), rows_timed=len(timed))
         rows += timed
     measured = benched.goals(rows)
@@ -218,8 +218,8 @@ def sanitize(args: argparse.Namespace, emit: Callable[..., None]) -> None:
         return
     tools = ("memcheck", "initcheck", "racecheck")
     end = time.monotonic() + 60 * args.minutes
-    left = len(FULL) * len(tools)
-    for op in FULL:
+    left = len(args.ops) * len(tools)
+    for op in args.ops:
         for tool in tools:
             share = max(20.0, (end - time.monotonic()) / left)
             left -= 1
@@ -268,12 +268,15 @@ def main() -> None:
     parser.add_argument("--official", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--only", default="checks,kernels,sanitize,step,train")
+    parser.add_argument("--ops", default=",".join(FULL), help="of the blocks checks, kernels and sanitize")
     parser.add_argument("--minutes", type=float, default=9.0, help="for each block")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     if not args.smoke and not torch.cuda.is_available():
         sys.exit("error: no CUDA device; --smoke walks through every block on the CPU")
-    args.out = args.out.resolve()
+    args.out, args.ops = args.out.resolve(), args.ops.split(",")
+    if unknown := set(args.ops) - set(FULL):
+        sys.exit(f"error: --ops {','.join(unknown)}: expected some of {', '.join(FULL)}")
     facts = circumstances()
     before = time.perf_counter()
 

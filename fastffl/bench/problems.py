@@ -292,7 +292,8 @@ def loss(batch: int, classes: int, peers: int, dtype: torch.dtype, *, quick: boo
     styles += [plain, sums] if dtype.itemsize == 2 else [sums]
     styles += [Style("liger", "liger", _by_liger, missing=not_installed("liger_kernel"))]
     styles += both_modes(*(s for s in (floats, plain, sums) if s in styles))
-    logits = (peers + 1) * batch * classes
+    op, logits = module("distill_graph"), (peers + 1) * batch * classes
+    assert op is not None
     return Problem(
         op="distill_graph",
         case=f"B{batch} C{classes} K{peers}",
@@ -301,7 +302,7 @@ def loss(batch: int, classes: int, peers: int, dtype: torch.dtype, *, quick: boo
         exact=partial(_by_op, distill_graph_reference),
         styles=tuple(styles),
         wrt=("z",),
-        bytes=2 * logits * dtype.itemsize + 8 * batch,
+        bytes=op.bytes_moved(batch, classes, peers + 1, dtype),
         flop=16 * logits,  # two softmaxes, their gradients and the divergence
         quick=quick,
     )

@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ class Cuda:
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
-        self._pool = torch.cuda.graph_pool_handle()  # one for all graphs: they never run at once and nothing reads their outputs
+        self._live: WeakSet[Any] = WeakSet()  # graphs in the pool, which is gone with the last of them
         self._flush = torch.empty(FLUSH, dtype=torch.uint8, device=self.device)
 
     def inputs(self, footprint: int, cold: bool) -> int:
@@ -115,7 +116,6 @@ class Cuda:
             if "captur" not in str(error):
                 raise
         torch.cuda.synchronize()
-        self._pool = torch.cuda.graph_pool_handle()
         return Prepared(lambda: [call(sets[k % len(sets)]) for k in range(calls)], calls, False)
 
     def _once(self, call: Callable[[], Any]) -> float:
@@ -128,36 +128,49 @@ class Cuda:
         return 1e3 * (time.perf_counter() - begin)
 
     def _capture(self, body: Callable[[], Any]) -> Callable[[], Any]:
+        """Graphs that live at once share their memory: they never run at once, and nothing reads their outputs."""
         graph = torch.cuda.CUDAGraph()
         gc.collect()
+        if not self._live:
+            self._pool = torch.cuda.graph_pool_handle()
         gc.disable()  # a collection could free an older graph, which breaks a capture
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.current_stream()):
                 kept = body()  # all outputs stay apart until the capture ends
+        except BaseException:
+            self._live = WeakSet()  # what a broken capture left in the pool is not built upon
+            raise
         finally:
             gc.enable()
         del kept
+        self._live.add(graph)
         torch.cuda.synchronize()
         return graph.replay
 
     def interleave(self, variants: dict[str, Prepared], rounds: int, cold: bool) -> dict[str, list[float]]:
-        for ready in variants.values():
+        ahead = {}
+        for name, ready in variants.items():
             ready.replay()
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            ready.replay()
+            ahead[name] = min(10_000_000, int(4e9 * (time.perf_counter() - begin)) + 200_000)
         times: dict[str, list[float]] = {name: [] for name in variants}
         for k in range(rounds):
-            torch.cuda.synchronize()
-            torch.cuda._sleep(1_000_000)  # about 0.5 ms, in which the host runs ahead of the device
             marks = {}
             for name in _turn(list(variants), k):
                 if cold:
                     self._flush.zero_()
+                torch.cuda._sleep(
+                    ahead[name]
+                )  # cycles: twice what the host takes to launch, so that it is done before the device
                 marks[name] = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 marks[name][0].record()
                 variants[name].replay()
                 marks[name][1].record()
             torch.cuda.synchronize()
-            for name, (begin, end) in marks.items():
-                times[name].append(1e-3 * begin.elapsed_time(end) / variants[name].calls)
+            for name, (start, end) in marks.items():
+                times[name].append(1e-3 * start.elapsed_time(end) / variants[name].calls)
         return times
 
     def peak(self, call: Callable[[], Any]) -> int:
