@@ -336,6 +336,17 @@ def test_far_from_zero(mean: float, std: float, dtype: torch.dtype, two: bool, m
         check(plain((16, 5, 5, 5), dtype, residual, mean=mean, std=std))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_stretches_than_slots(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last program goes over the partials in several rounds, the last of them ragged."""
+    for name, value in {"TILE": 256, "SUMS_TILE": 128, "STEPS": 1, "PROGRAMS": 1000, "WHOLE": 0}.items():
+        monkeypatch.setattr(jit, name, value)
+    plans = [jit.sums_plan(157, 33, 4, tile) for tile in (256, 128)]
+    assert [(p.parts, p.block_n) for p in plans] == [(20, 8), (40, 4)]  # in 8 slots each
+    with guarded():
+        check(plain((157, 33, 1, 1), dtype, residual=dtype == torch.float32, mean=5.0))
+
+
 def test_an_outlier_in_the_first_row() -> None:
     """The first row is the pivot that deviations are taken from; a wild one must not spoil the others."""
     c = plain((40, 4, 5, 5))

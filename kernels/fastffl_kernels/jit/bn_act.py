@@ -19,8 +19,10 @@ TILE = 2048  # elements of one tile: 16 a thread, two 16-byte loads of bf16, and
 SUMS_TILE = 1024  # of the backward's sums, which have two or three operands and five vectors of channels in registers
 WARPS = 4
 SUM_C, WHOLE_C, APPLY_C = 32, 16, 64  # channels of a program; 64, 32 and 128 bytes of a bf16 row
-PROGRAMS = 528  # of a first launch: 4 on each of 132 SMs. A constant, so that the order of a sum is the same on every GPU
-STEPS = 4  # tiles a program of a first launch reads at least: fewer programs, fewer partials to merge
+# Programs of a first launch, 5 on each of 132 SMs: 20 KB of loads in flight an SM, and all run at once at 96 registers. Not
+# the device's own number, so that a sum has the same order on every GPU.
+PROGRAMS = 660
+STEPS = 2  # tiles a program of a first launch reads at least: fewer programs, fewer partials to merge
 # Bytes of one operand that one program of a whole launch reads: 64 KiB three times at the 75 GB/s of one SM cost 2.6 us,
 # about what the second launch costs inside a CUDA graph (performance.md, C4). Not yet measured on a GPU.
 WHOLE = 64 << 10
@@ -221,7 +223,7 @@ def bn_act_stats(
     tl.store(mine + C, M2, mask=cols < C)
     tl.debug_barrier()
     if tl.atomic_add(counter + block, 1) == parts - 1:
-        off, M2 = _merge(partial, N, per, parts, cols, C, BLOCK_N // 2, BLOCK_C)  # half a tile: fewer registers
+        off, M2 = _merge(partial, N, per, parts, cols, C, BLOCK_N, BLOCK_C)
         _finish(off, M2, pivot, N, cols, block == 0, mean, invstd, running_mean, running_var, batches, momentum, eps, C)
         tl.store(counter + block, 0)
 
@@ -287,7 +289,7 @@ def bn_act_backward_sums(
     tl.store(mine + C, tl.sum(sum_gx, 0), mask=cols < C)
     tl.debug_barrier()
     if tl.atomic_add(counter + block, 1) == parts - 1:
-        all_g, all_gx = _merge_sums(partial, parts, cols, C, BLOCK_N // 2, BLOCK_C)
+        all_g, all_gx = _merge_sums(partial, parts, cols, C, 2 * BLOCK_N, BLOCK_C)
         tl.store(dbias + cols, all_g, mask=cols < C)
         tl.store(dweight + cols, all_gx, mask=cols < C)
         tl.store(counter + block, 0)
