@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastffl import nets
 from fastffl.nets.fused_norm import Fused, FusedBatchNorm2d, fuse_norms, norm_relu
+from fastffl_kernels._launch import Norm
 
 # net -> (norms fused, of those with the ReLU inside); our own blocks ask for the ReLU in the call
 NETS = {
@@ -185,3 +186,22 @@ def test_norm_relu_is_one_call_of_a_fused_norm(monkeypatch: pytest.MonkeyPatch) 
     norm = FusedBatchNorm2d(3)
     x = torch.randn(2, 3, 4, 4)
     assert torch.equal(norm_relu(norm, x, x), torch.relu(nn.BatchNorm2d(3)(x) + x))
+
+
+@pytest.mark.parametrize("wrong", ["momentum", "count", "relu", "residual"])
+def test_the_comparison_sees_seeded_bugs(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastffl.nets import fused_norm
+
+    real = fused_norm.bn_act
+    bugs = {"count": {"batches": None}, "relu": {"relu": False}, "residual": {"residual": None}}
+
+    def broken(x: Tensor, norm: Norm, **named: object) -> Tensor:
+        norm = norm._replace(momentum=0.11) if wrong == "momentum" else norm
+        return real(x, norm, **{**named, **bugs.get(wrong, {})})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fused_norm, "bn_act", broken)
+    plain, fused = build("resnet8"), build("resnet8")
+    fuse_norms(fused)
+    x, dy = torch.randn(4, 3, 8, 8), torch.randn(4, 5)
+    with pytest.raises(AssertionError):
+        same(run(fused, x, dy), run(plain, x, dy))
