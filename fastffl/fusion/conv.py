@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastffl_kernels._launch import Norm
+from fastffl_kernels.fuse_conv import fuse_conv
+
 from ..errors import UsageError
 from ..values import MapSpec
 
@@ -75,10 +78,39 @@ class ConvFusion(nn.Module):
                 nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        f = torch.cat(self.align(maps), 1)
-        a = F.relu(self.bn1(self.dw(f)), inplace=True)
-        f = F.relu(self.bn2(self.pw(a)), inplace=True)
-        return self.fc(f.mean((2, 3)))
+        aligned = self.align(maps)
+        if not self._as_built(aligned):
+            f = torch.cat(aligned, 1)
+            a = F.relu(self.bn1(self.dw(f)), inplace=True)
+            f = F.relu(self.bn2(self.pw(a)), inplace=True)
+            return self.fc(f.mean((2, 3)))
+        norms = []
+        for bn in (self.bn1, self.bn2):
+            assert bn.momentum is not None and bn.running_mean is not None and bn.num_batches_tracked is not None
+            if self.training:
+                bn.num_batches_tracked.add_(1)
+            norms.append(Norm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.momentum, bn.eps))
+        weights = self.dw.weight, norms[0], self.pw.weight, norms[1], self.fc.weight, self.fc.bias
+        return fuse_conv(tuple(aligned), *weights, training=self.training)
+
+    def _as_built(self, maps: Sequence[Tensor]) -> bool:
+        """Whether the parts still are what __init__ made: one call may stand for them. Not where a user replaced, froze,
+        hooked or parametrised one, or where the maps or weights have several types."""
+        kinds = (
+            (self.dw, nn.Conv2d),
+            (self.pw, nn.Conv2d),
+            (self.bn1, nn.BatchNorm2d),
+            (self.bn2, nn.BatchNorm2d),
+            (self.fc, nn.Linear),
+        )
+        for part, kind in kinds:
+            hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+            if type(part) is not kind or hooks or part.weight is None or part.weight.dtype not in (maps[0].dtype, torch.float32):
+                return False
+        for bn in (self.bn1, self.bn2):
+            if bn.momentum is None or bn.running_mean is None or bn.training != self.training:
+                return False
+        return all(m.dtype == maps[0].dtype and m.shape[2:] == maps[0].shape[2:] for m in maps)
 
 
 class MeanFusion(nn.Module):

@@ -85,13 +85,13 @@ class Plan(NamedTuple):
 
     forward, backward   "fused": GEMMs with prologues and epilogues. "library": passes of their own round torch.mm
     classifier          "tail": in the kernel that pools. "gemm": a launch of its own. "none"
-    inference           "one": a single kernel. "fused" or "library": depthwise kernel, that GEMM, tail
+    inference           "whole": a single kernel. "fused" or "library": depthwise kernel, that GEMM, tail
     """
 
     forward: Way
     backward: Way
     classifier: Literal["tail", "gemm", "none"]
-    inference: Literal["one", "fused", "library"]
+    inference: Literal["whole", "fused", "library"]
 
 
 @lru_cache(maxsize=256)
@@ -121,7 +121,7 @@ def plan(
     tail = jit.pick_tail(width, height * wide, classes)
     one = jit.pick_infer(channels, width, height * wide, classes, batch)
     bare: Way = "fused" if lost < s.launch else "library"
-    return Plan(forward, backward, "tail" if tail.k else "gemm" if classes else "none", "one" if one else bare)
+    return Plan(forward, backward, "tail" if tail.k else "gemm" if classes else "none", "whole" if one else bare)
 
 
 SHAPES = (
@@ -163,7 +163,7 @@ def bytes_moved(
     dtype: torch.dtype = torch.bfloat16,
     weights: torch.dtype = torch.float32,
     recompute: bool = False,
-    made: Plan = Plan("fused", "fused", "tail", "one"),  # noqa: B008
+    made: Plan = Plan("fused", "fused", "tail", "whole"),  # noqa: B008
 ) -> Bytes:
     """Bytes a training step's launches read and write, each tensor once per launch, all gradients wanted.
 
@@ -679,7 +679,7 @@ def _infer(
     )
     if call.batch == 0:
         return call.empty(0, call.classes or call.n)
-    if call.plan.inference == "one":
+    if call.plan.inference == "whole":
         one = jit.pick_infer(call.channels, call.n, call.plane, call.classes, call.batch)
         at = jit.place(call.channels, one.c)
         lay = call.where(maps)

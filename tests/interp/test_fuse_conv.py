@@ -1,5 +1,6 @@
 """fuse_conv's kernels in the interpreter: random cases against float64, launches, bytes, laws, and bugs that must be seen."""
 
+import importlib
 import importlib.util
 import random
 from collections.abc import Callable, Iterator
@@ -14,10 +15,10 @@ from fastinterp import fast
 from kernelkit import EPS, device_work, draws, guarded, layouts, rounded_error, saved_bytes
 from torch import Tensor
 
-import fastffl_kernels.fuse_conv as op
 from fastffl_kernels import _launch, use
 from fastffl_kernels._launch import Norm, recorded
 
+op: Any = importlib.import_module("fastffl_kernels.fuse_conv")  # the file, not the function of that name
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 EDGES = (1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 40)
 SMALL = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16)
@@ -99,7 +100,7 @@ def draw(r: random.Random, guards: Any = None, sizes: tuple[int, ...] = SMALL, r
         "fc_bias": put(torch.randn(classes).to(wide)) if classes and r.random() < 0.7 else None,
     }
     way = "library" if r.random() < 0.15 else "fused"
-    plan = op.Plan(way, way, "tail", "one")
+    plan = op.Plan(way, way, "tail", "whole")
     case = Case(
         tuple(maps), made, plan, r.random() < 0.2, f"{dtype} {wide} B{b} {channels}>{width} {h}x{w} K{classes} {names} {way}"
     )
@@ -231,12 +232,12 @@ def test_random_inference_equals_float64(seed: int) -> None:
             case = draw(r, guards, rows=100)
             if not all(t is not None for bn in ("bn1", "bn2") for t in case.parameters[bn]):
                 continue
-            way = r.choice(("one", "fused", "library"))
+            way = r.choice(("whole", "fused", "library"))
             dtype = case.maps[0].dtype
             with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
                 patch.setattr(op, "plan", lambda *_, way=way: op.Plan("fused", "fused", "tail", way))
                 got = case(False)
-                want = oracle(case.to(FP64), dtype, False, stored=way != "one")
+                want = oracle(case.to(FP64), dtype, False, stored=way != "whole")
         assert got.dtype == dtype
         assert rounded_error(got, want) <= (5e-6 / EPS[dtype] if dtype == FP32 else 1.0), (case.what, way)
 
@@ -267,7 +268,7 @@ def fixed(
         "fc_weight": torch.randn(classes, width).requires_grad_() if classes else None,
         "fc_bias": torch.randn(classes).requires_grad_() if classes else None,
     }
-    return Case(maps, made, op.Plan("fused", "fused", "tail", "one"), False, "fixed")
+    return Case(maps, made, op.Plan("fused", "fused", "tail", "whole"), False, "fixed")
 
 
 FORWARD = ["dw_forward", "pw_forward", "tail_forward"]
@@ -362,7 +363,7 @@ def moved(case: Case) -> tuple[int, int]:
 )
 def test_modelled_bytes_are_those_of_the_launches(dtype: torch.dtype, recompute: bool, classes: int) -> None:
     case = fixed((6, 10), 8, classes, 4, 3, dtype)._replace(recompute=recompute)
-    made = op.Plan("fused", "fused", "gemm" if classes > 2048 else "tail", "one")
+    made = op.Plan("fused", "fused", "gemm" if classes > 2048 else "tail", "whole")
     want = op.bytes_moved(3, (6, 10), 8, 4, 4, classes, dtype=dtype, recompute=recompute, made=made)
     assert moved(case) == tuple(want)
 

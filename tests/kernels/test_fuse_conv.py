@@ -181,8 +181,8 @@ def test_plan_of_the_four_shapes() -> None:
     rows = plan_table().splitlines()
     assert len(rows) == 5
     assert [r.split()[-6:-2] for r in rows[1:]] == [
-        ["fused", "fused", "tail", "one"],
-        ["fused", "fused", "tail", "one"],
+        ["fused", "fused", "tail", "whole"],
+        ["fused", "fused", "tail", "whole"],
         ["fused", "fused", "gemm", "library"],
         ["library", "library", "gemm", "library"],
     ]
