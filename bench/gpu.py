@@ -139,6 +139,15 @@ def check_kernels_on_off(device: str, steps: int) -> Row:
     return {"value": off, "unit": f"largest relative loss difference of {steps} steps", "ok": off < 1e-4}
 
 
+# What an op gets of a block's time: the loss and the fusion module have most to compile, of ours and of rivals.
+SHARES = {"distill_graph": 0.38, "fuse_conv": 0.4, "bn_act": 0.12, "augment": 0.05, "sgd_flat": 0.05}
+
+
+def part(ops: list[str], k: int) -> float:
+    """The share of op number k in what is left for it and those after it."""
+    return SHARES[ops[k]] / sum(SHARES[op] for op in ops[k:])
+
+
 def checks(args: argparse.Namespace, emit: Callable[..., None]) -> None:
     device, end = "cpu" if args.smoke else "cuda", time.monotonic() + 60 * args.minutes
     todo: dict[str, Callable[[], Row]] = {
@@ -156,7 +165,7 @@ def checks(args: argparse.Namespace, emit: Callable[..., None]) -> None:
             emit("checks", name, ok=False, error=f"{type(error).__name__}: {str(error).splitlines()[0]}")
             traceback.print_exc()
     for k, op in enumerate(args.ops):
-        share = max(20.0, (end - time.monotonic()) / (len(args.ops) - k))
+        share = max(20.0, part(args.ops, k) * (end - time.monotonic()))
         command = [
             sys.executable,
             "bench/opchecks.py",
@@ -164,7 +173,7 @@ def checks(args: argparse.Namespace, emit: Callable[..., None]) -> None:
             "--out",
             str(args.out / "gpu.jsonl"),
             "--seconds",
-            f"{0.5 * share:.0f}",
+            f"{0.6 * share:.0f}",
         ]
         code = run_for([*command, *(["--smoke"] if args.smoke else [])], share)
         emit("checks", op, ok=code == 0, exit_code=code)
@@ -184,15 +193,10 @@ def run_for(command: list[str], seconds: float, grace: float = 60, **environment
         return process.wait()
 
 
-# What an op gets of the block's time: the loss and the fusion module have goals at several shapes, and rivals to compile.
-SHARES = {"distill_graph": 0.38, "fuse_conv": 0.4, "bn_act": 0.12, "augment": 0.05, "sgd_flat": 0.05}
-
-
 def kernels(args: argparse.Namespace, emit: Callable[..., None]) -> None:
     out, end = args.out / "kernels.jsonl", time.monotonic() + 60 * args.minutes
     for k, op in enumerate(args.ops):
-        share = SHARES[op] / sum(SHARES[later] for later in args.ops[k:])
-        seconds = max(20.0, share * (end - time.monotonic()))
+        seconds = max(20.0, part(args.ops, k) * (end - time.monotonic()))
         command = [sys.executable, "-m", "fastffl", "bench", "kernels", "--op", op, "--out", str(out)]
         command += ["--device", "cpu", "--quick"] if args.smoke else ["--device", "cuda", "--minutes", f"{seconds / 60:.2f}"]
         code = run_for(command, seconds + 45, grace=5)  # the last compilation may still be under way

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -209,14 +209,21 @@ def _row(problem: Problem, style: Style, **more: Any) -> Row:
     return {"kind": "time", "case": problem.name, **same, "ms": None, **more}
 
 
-def _caller(problem: Problem, style: Style) -> Callable[[Inputs], Outputs]:
+def caller(problem: Problem, style: Style, device: torch.device) -> Callable[[Inputs], Outputs]:
+    """A style as a function of inputs. On CUDA ours is the Triton path or an error, whatever FASTFFL_KERNELS says."""
     forward = style.forward
     if style.mode:
         torch._dynamo.reset()
         forward = torch.compile(forward, mode=style.mode, dynamic=False)
         # without what other styles keep there: a dictionary with other keys would be compiled again
         return lambda inputs: problems.solved(forward, problem.wrt, {k: v for k, v in inputs.items() if k[0] != "_"})
-    return lambda inputs: problems.solved(forward, problem.wrt, inputs)
+
+    def call(inputs: Inputs) -> Outputs:
+        ours = style.group.startswith("ours") and device.type == "cuda"
+        with fastffl_kernels.use("triton") if ours else nullcontext():
+            return problems.solved(forward, problem.wrt, inputs)
+
+    return call
 
 
 def verdict(problem: Problem, style: Style, got: Outputs, want: problems.Truth) -> Row:
@@ -260,7 +267,7 @@ def _measure(run: Run, problem: Problem, styles: list[Style]) -> None:
         if style.mode and time.monotonic() > run.end - COMPILE_S:
             return "skipped: out of time"
         begin = time.monotonic()
-        call = _caller(problem, style)
+        call = caller(problem, style, clock.device)
         about[style.name] = verdict(problem, style, call(problem.draw(clock.device, 0)), truth)
         if about[style.name]["state"] == "ok":
             about[style.name]["peak_mib"] = clock.peak(lambda: call(sets[0])) / 2**20

@@ -402,9 +402,10 @@ def fusion(
         flop=3 * flop if training else flop,
         sure=_no_kinks if training and dtype == torch.float32 else None,
         # A value that rounding carries across a ReLU's kink moves its gradient by all of itself, and one in 300 bf16 values is
-        # that close: torch itself is 37 % of the largest gradient and 6.7 % in distance away at (2, 1024, 512, 7).
-        limit=1 / EPS[dtype] if dtype.itemsize == 2 else 64.0,
-        rival=1 / EPS[dtype] if dtype.itemsize == 2 else 64.0,
+        # that close: torch itself is 37 % of the largest gradient and 6.7 % in distance away at (2, 1024, 512, 7). In fp32
+        # sums of thousands cancel: torch is up to 86 eps away.
+        limit=1 / EPS[dtype] if dtype.itemsize == 2 else 256.0,
+        rival=1 / EPS[dtype] if dtype.itemsize == 2 else 256.0,
         far=3.0,
         gemm=channels >= 1024,
         quick=quick,

@@ -155,6 +155,19 @@ def test_the_walk_on_the_cpu() -> None:
     assert {r["state"] for r in late if r["kind"] == "time"} == {"skipped: out of time"}
 
 
+def test_on_cuda_ours_is_never_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FASTFFL_KERNELS=reference, or an op without a Triton path, must not give a row that says `ours`."""
+    import fastffl_kernels
+
+    monkeypatch.setenv("FASTFFL_KERNELS", "reference")
+    asked: list[str] = []
+    problem = problems.augment(1, BF16)
+    for group in ("ours", "reference", "eager"):
+        style = problems.Style(group, group, lambda inputs: asked.append(fastffl_kernels.choice()) or {})  # type: ignore[func-returns-value]
+        kernels.caller(problem, style, torch.device("cuda"))({})
+    assert asked == ["triton", "reference", "reference"]
+
+
 class FakeEvent:
     clock = 0.0
 
