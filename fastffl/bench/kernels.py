@@ -372,7 +372,8 @@ def checked(ops: list[str], emit: Emit, *, quick: bool) -> None:
 
 def bad(row: Row) -> bool:
     """Wrong or broken, and ours: what others answer is their business."""
-    return str(row.get("state", "ok")).startswith(("wrong", "failed")) and row.get("group", "ours") in ("ours", "reference")
+    group = str(row.get("group", "ours"))
+    return str(row.get("state", "ok")).startswith(("wrong", "failed")) and group.startswith(("ours", "reference"))
 
 
 # ---- two files of rows ------------------------------------------------------------------------------------------------------
