@@ -122,10 +122,10 @@ def _finish_stats(partial, programs, rows, M, c, c_ok, mean, rstd, running_mean,
     tl.store(rstd + c, 1.0 / tl.sqrt(m2 / count + eps), mask=c_ok)
     if running_mean is not None:
         old = _load(running_mean, c, c_ok)
-        tl.store(running_mean + c, _cast(old + momentum * (mu - old), running_mean.dtype.element_ty), mask=c_ok)
+        tl.store(running_mean + c, _cast((1.0 - momentum) * old + momentum * mu, running_mean.dtype.element_ty), mask=c_ok)
         old = _load(running_var, c, c_ok)
         unbiased = m2 / (count - 1.0)
-        tl.store(running_var + c, _cast(old + momentum * (unbiased - old), running_var.dtype.element_ty), mask=c_ok)
+        tl.store(running_var + c, _cast((1.0 - momentum) * old + momentum * unbiased, running_var.dtype.element_ty), mask=c_ok)
 
 
 @triton.jit
@@ -324,18 +324,19 @@ def pw_forward(
     tile = pid % TILES
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     n_ok = n < N
+    r = tl.arange(0, BLOCK_M)
     seen = tl.zeros([], tl.float32)
     avg = tl.zeros([BLOCK_N], tl.float32)
     m2 = tl.zeros([BLOCK_N], tl.float32)
     for i in range(iters):
         start = (t * iters + i) * BLOCK_M
-        m = start + tl.arange(0, BLOCK_M)
-        row_ok = m < M
+        row_ok = start + r < M
+        rows = d + start.to(tl.int64) * C  # 64 bits to the tile, 32 within it: half the registers for addresses
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for c0 in range(0, C, BLOCK_K):
             c = c0 + tl.arange(0, BLOCK_K)
             c_ok = c < C
-            a = tl.load(d + m.to(tl.int64)[:, None] * C + c[None, :], mask=row_ok[:, None] & c_ok[None, :], other=0.0)
+            a = tl.load(rows + (r[:, None] * C + c[None, :]), mask=row_ok[:, None] & c_ok[None, :], other=0.0)
             if ACT:
                 mu, _r, scale, shift = _norm(mean1, rstd1, gamma1, beta1, c, c_ok, eps, False)
                 a = (a.to(tl.float32) - mu[None, :]) * scale[None, :] + shift[None, :]
@@ -348,8 +349,8 @@ def pw_forward(
             seen, avg, m2 = _merge(seen, avg, m2, acc, row_ok, tl.minimum(tl.maximum(M - start, 0), BLOCK_M))
         if bias is not None:
             acc += _cast(_load(bias, n, n_ok), dtype).to(tl.float32)[None, :]
-        place = m.to(tl.int64)[:, None] * N + n[None, :]
-        tl.store(p + place, _cast(acc, p.dtype.element_ty), mask=row_ok[:, None] & n_ok[None, :])
+        place = p + start.to(tl.int64) * N
+        tl.store(place + (r[:, None] * N + n[None, :]), _cast(acc, p.dtype.element_ty), mask=row_ok[:, None] & n_ok[None, :])
     if STATS:
         place = t.to(tl.int64) * N + n
         tl.store(partial + place, avg, mask=n_ok)
@@ -430,20 +431,18 @@ def tail_forward(
 
 
 @triton.jit
-def _dp(p, dg, m, m_ok, n, n_ok, mu, scale, shift, k0, k1, N: tl.constexpr, HW: tl.constexpr, ROWS: tl.constexpr):
-    """The gradient of P, rebuilt: relu and pooling spread dg[b, n] / HW over the positive places, then BatchNorm's
-    backward. `ROWS`: the axis of the tile that m lies on."""
-    if ROWS == 0:
-        at = m.to(tl.int64)[:, None] * N + n[None, :]
-        up = (m // HW).to(tl.int64)[:, None] * N + n[None, :]
-        ok = m_ok[:, None] & n_ok[None, :]
-    else:
-        at = m.to(tl.int64)[None, :] * N + n[:, None]
-        up = (m // HW).to(tl.int64)[None, :] * N + n[:, None]
-        ok = m_ok[None, :] & n_ok[:, None]
-    off = _load(p, at, ok) - tl.expand_dims(mu, ROWS)
+def _dp(p, dg, start, r, r_ok, n, n_ok, mu, scale, shift, k0, k1, N: tl.constexpr, HW: tl.constexpr, ROWS: tl.constexpr):
+    """The gradient of P in rows start + r, rebuilt: relu and pooling spread dg[b, n] / HW over the positive places, then
+    BatchNorm's backward. `ROWS`: the axis of the tile that the rows lie on."""
+    first = start // HW
+    image = (start + r) // HW - first
+    across: tl.constexpr = 1 - ROWS
+    ok = tl.expand_dims(r_ok, across) & tl.expand_dims(n_ok, ROWS)
+    at = tl.expand_dims(r * N, across) + tl.expand_dims(n, ROWS)
+    up = tl.expand_dims(image * N, across) + tl.expand_dims(n, ROWS)
+    off = _load(p + start.to(tl.int64) * N, at, ok) - tl.expand_dims(mu, ROWS)
     live = off * tl.expand_dims(scale, ROWS) + tl.expand_dims(shift, ROWS) > 0.0
-    y = tl.where(live, _load(dg, up, ok) * tl.expand_dims(scale * (1.0 / HW), ROWS), 0.0)
+    y = tl.where(live, _load(dg + first.to(tl.int64) * N, up, ok) * tl.expand_dims(scale * (1.0 / HW), ROWS), 0.0)
     y = y - tl.expand_dims(k0, ROWS) - tl.expand_dims(k1, ROWS) * off
     return tl.where(ok, y, 0.0)
 
@@ -571,11 +570,12 @@ def pw_backward_data(
     tile = pid % TILES
     c = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     c_ok = c < C
+    r = tl.arange(0, BLOCK_M)
     s1 = tl.zeros([BLOCK_N], tl.float32)
     s2 = tl.zeros([BLOCK_N], tl.float32)
     for i in range(iters):
-        m = (t * iters + i) * BLOCK_M + tl.arange(0, BLOCK_M)
-        row_ok = m < M
+        start = (t * iters + i) * BLOCK_M
+        row_ok = start + r < M
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for n0 in range(0, N, BLOCK_K):
             n = n0 + tl.arange(0, BLOCK_K)
@@ -583,20 +583,21 @@ def pw_backward_data(
             mu, _r, scale, shift = _norm(mean2, rstd2, gamma2, beta2, n, n_ok, 0.0, False)
             k0 = _load(coef2, n, n_ok)
             k1 = _load(coef2 + N, n, n_ok)
-            a = _cast(_dp(p, dg, m, row_ok, n, n_ok, mu, scale, shift, k0, k1, N, HW, 0), dtype)
+            a = _cast(_dp(p, dg, start, r, row_ok, n, n_ok, mu, scale, shift, k0, k1, N, HW, 0), dtype)
             w = tl.load(weight + n.to(tl.int64)[:, None] * C + c[None, :], mask=n_ok[:, None] & c_ok[None, :], other=0.0)
             if w.dtype != dtype:
                 w = _cast(w.to(tl.float32), dtype)
             acc = _dot(a, w, acc, PRECISION)
-        mu, r, scale, shift = _norm(mean1, rstd1, gamma1, beta1, c, c_ok, 0.0, False)
+        mu, one_by_std, scale, shift = _norm(mean1, rstd1, gamma1, beta1, c, c_ok, 0.0, False)
         ok = row_ok[:, None] & c_ok[None, :]
-        place = m.to(tl.int64)[:, None] * C + c[None, :]
-        off = _load(d, place, ok) - mu[None, :]
+        place = r[:, None] * C + c[None, :]
+        skip = start.to(tl.int64) * C
+        off = _load(d + skip, place, ok) - mu[None, :]
         live = ok & (off * scale[None, :] + shift[None, :] > 0.0)
         out = tl.where(live, acc, 0.0)
-        tl.store(dd + place, _cast(out, dtype), mask=ok)
+        tl.store(dd + skip + place, _cast(out, dtype), mask=ok)
         s1 += tl.sum(out, 0)
-        s2 += tl.sum(out * off, 0) * r
+        s2 += tl.sum(out * off, 0) * one_by_std
     place = t.to(tl.int64) * C + c
     tl.store(partial + place, s1, mask=c_ok)
     tl.store(partial + programs.to(tl.int64) * C + place, s2, mask=c_ok)
@@ -643,12 +644,13 @@ def pw_backward_weight(
     k0 = _load(coef2, n, n_ok)
     k1 = _load(coef2 + N, n, n_ok)
     mu1, _r1, scale1, shift1 = _norm(mean1, rstd1, gamma1, beta1, c, c_ok, 0.0, False)
+    r = tl.arange(0, BLOCK_M)
     acc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for i in range(iters):
-        m = (s * iters + i) * BLOCK_M + tl.arange(0, BLOCK_M)
-        row_ok = m < M
-        left = _cast(_dp(p, dg, m, row_ok, n, n_ok, mu2, scale2, shift2, k0, k1, N, HW, 1), dtype)
-        a = _load(d, m.to(tl.int64)[:, None] * C + c[None, :], row_ok[:, None] & c_ok[None, :])
+        start = (s * iters + i) * BLOCK_M
+        row_ok = start + r < M
+        left = _cast(_dp(p, dg, start, r, row_ok, n, n_ok, mu2, scale2, shift2, k0, k1, N, HW, 1), dtype)
+        a = _load(d + start.to(tl.int64) * C, r[:, None] * C + c[None, :], row_ok[:, None] & c_ok[None, :])
         a = tl.maximum((a - mu1[None, :]) * scale1[None, :] + shift1[None, :], 0.0)
         acc = _dot(left, _cast(a, dtype), acc, PRECISION)
     place = (s.to(tl.int64) * N + n)[:, None] * C + c[None, :]
@@ -849,15 +851,17 @@ def dp_rebuild(
 ):
     """out = the gradient of P, (M, N)."""
     pid = tl.program_id(0)
-    m = pid // TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    start = pid // TILES * BLOCK_M
+    r = tl.arange(0, BLOCK_M)
+    r_ok = start + r < M
     n = pid % TILES * BLOCK_C + tl.arange(0, BLOCK_C)
     n_ok = n < N
     mu, _r, scale, shift = _norm(mean, rstd, gamma, beta, n, n_ok, 0.0, False)
     k0 = _load(coef, n, n_ok)
     k1 = _load(coef + N, n, n_ok)
-    y = _dp(p, dg, m, m < M, n, n_ok, mu, scale, shift, k0, k1, N, HW, 0)
-    ok = (m < M)[:, None] & n_ok[None, :]
-    tl.store(out + m.to(tl.int64)[:, None] * N + n[None, :], _cast(y, out.dtype.element_ty), mask=ok)
+    y = _dp(p, dg, start, r, r_ok, n, n_ok, mu, scale, shift, k0, k1, N, HW, 0)
+    place = out + start.to(tl.int64) * N + (r[:, None] * N + n[None, :])
+    tl.store(place, _cast(y, out.dtype.element_ty), mask=r_ok[:, None] & n_ok[None, :])
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -1068,7 +1072,7 @@ def pick_weight(rows: int, depth: int, width: int, wide: bool) -> tuple[Blocks, 
     c = _block(depth, 64 if wide else 128)
     m = _block(rows, 32 if wide else 64)
     tiles_n, tiles_c = _divup(width, n), _divup(depth, c)
-    return _walk(rows, m, n, c, tiles_n * tiles_c, 4, 3, 4), tiles_n, tiles_c
+    return _walk(rows, m, n, c, tiles_n * tiles_c, 8 if n * c >= 64 * 128 else 4, 3, 4), tiles_n, tiles_c
 
 
 def pick_head(batch: int, width: int, classes: int) -> Blocks:
