@@ -10,11 +10,10 @@ Reads can't be wide: a crop starts at any byte, and three channels make a pixel.
 """
 
 import math
-import os
 import struct
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,19 +118,20 @@ def augment_reference(
     ids: Tensor,
     seed: Tensor,
     epoch: Tensor,
-    labels: Tensor | None,
+    *,
     size: int,
-    pad: int,
-    reflect: bool,
-    flip: bool,
     mean: Sequence[float],
     std: Sequence[float],
-    dtype: torch.dtype,
-    views: int,
-    cutout: int,
-    mixup: float,
-    cutmix: float,
-    channels_last: bool,
+    pad: int = 0,
+    pad_mode: str = "reflect",
+    flip: bool = True,
+    dtype: torch.dtype = torch.float32,
+    views: int = 1,
+    cutout: int = 0,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+    channels_last: bool = True,
+    labels: Tensor | None = None,
 ) -> Augmented:
     """The batch in plain torch: the CPU path, the oracle of the tests and the benchmark's baseline."""
     n, d, s, _ = images.shape
@@ -150,7 +150,7 @@ def augment_reference(
         x = torch.where(turned, size - 1 - span, span) if flip else span
         x = (x + draw(v, LEFT, s + 2 * pad - size + 1) - pad)[:, None, None, :]
         inside = (y >= 0) & (y < s) & (x >= 0) & (x < s)
-        if reflect:
+        if pad_mode == "reflect":
             y, x, inside = s - 1 - (s - 1 - y.abs()).abs(), s - 1 - (s - 1 - x.abs()).abs(), inside | True
         channel = torch.arange(d, device=ids.device)[:, None, None]
         cut = images[row[:, None, None, None], channel, y.clamp(0, s - 1), x.clamp(0, s - 1)]
@@ -161,7 +161,7 @@ def augment_reference(
             cut = torch.where((rows[:, :, None] & columns[:, None, :])[:, None], 0, cut)
         made.append(torch.where(known[:, None, None, None], cut, float("nan")))
     x = torch.stack(made)
-    own = None if labels is None else torch.where(known, labels[row.clamp(max=max(n - 1, 0))] if n else row, -1)
+    own = None if labels is None else torch.where(known, labels[row], -1)
     other = share_B = None
     if mixup or cutmix:
         first = ids[0] if len(ids) else ids.new_zeros(())
@@ -265,42 +265,16 @@ _launch.LAUNCHES["fastffl::augment"] = 1
 
 
 def _triton(
-    images: Tensor,
-    ids: Tensor,
-    seed: Tensor,
-    epoch: Tensor,
-    labels: Tensor | None,
-    size: int,
-    pad: int,
-    reflect: bool,
-    flip: bool,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
-    views: int,
-    cutout: int,
-    mixup: float,
-    cutmix: float,
-    channels_last: bool,
+    images: Tensor, ids: Tensor, seed: Tensor, epoch: Tensor, *, labels: Tensor | None, pad_mode: str, **options: Any
 ) -> Augmented:
-    if not images.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f"FASTFFL_KERNELS=triton: images are on {images.device}; Triton needs CUDA, or TRITON_INTERPRET=1 for a test"
-        )
     if images.shape[1] > CHANNELS:
         if choice() == "triton":
             raise ValueError(f"{images.shape[1]} channels; the kernel takes at most {CHANNELS}, use auto or reference")
-        return augment_reference(
-            images, ids, seed, epoch, labels, size, pad, reflect, flip, mean, std, dtype, views, cutout, mixup, cutmix,
-            channels_last,
-        )  # fmt: skip
-    x, own, other, share = _augment(
-        images, ids, seed, epoch, labels, size, pad, reflect, flip, mean, std, dtype, views, cutout, mixup, cutmix, channels_last
-    )
-    mixed = bool(mixup or cutmix)
-    return Augmented(
-        x, own if labels is not None else None, other if labels is not None and mixed else None, share if mixed else None
-    )
+        return augment_reference(images, ids, seed, epoch, labels=labels, pad_mode=pad_mode, **options)
+    x, own, other, share = _augment(images, ids, seed, epoch, labels, reflect=pad_mode == "reflect", **options)
+    mixed = bool(options["mixup"] or options["cutmix"])
+    named = labels is not None
+    return Augmented(x, own if named else None, other if named and mixed else None, share if mixed else None)
 
 
 register("augment", _triton)
@@ -374,11 +348,22 @@ def augment(
     if not (0 <= mixup <= ALPHA and 0 <= cutmix <= ALPHA):
         raise ValueError(f"mixup={mixup}, cutmix={cutmix}; expected an alpha of 0 (none) to {ALPHA:g}")
     path = triton_path("augment", images) or augment_reference
-    means, stds = ([float(v) for v in values] for values in (mean, std))
     out: Augmented = path(
-        images, ids, seed, epoch, labels, size, pad, pad_mode == "reflect", flip, means, stds, dtype, views, cutout,
-        float(mixup), float(cutmix), channels_last,
-    )  # fmt: skip
+        *(images, ids, seed, epoch),
+        size=size,
+        mean=[float(v) for v in mean],
+        std=[float(v) for v in std],
+        pad=pad,
+        pad_mode=pad_mode,
+        flip=flip,
+        dtype=dtype,
+        views=views,
+        cutout=cutout,
+        mixup=float(mixup),
+        cutmix=float(cutmix),
+        channels_last=channels_last,
+        labels=labels,
+    )
     return out
 
 

@@ -8,7 +8,6 @@ parameter; G groups. Bytes an element: read p 4, m 4, g 4 (bf16: 2), write p 4, 
 to zero g in the same pass; and 4 a chunk. Adding lr and decay by group costs nothing: a few kilobytes that stay in the cache.
 """
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -28,15 +27,16 @@ def sgd_flat_reference(
     p: Tensor,
     g: Tensor,
     m: Tensor | None,
-    shadow: Tensor | None,
+    *,
     groups: Tensor,
     lr: Tensor,
     decay: Tensor,
-    found_inf: Tensor | None,
-    scale: Tensor | None,
-    momentum: float,
-    nesterov: bool,
-    zero: bool,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    shadow: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    scale: Tensor | None = None,
+    zero: bool = False,
 ) -> None:
     """The update in plain torch: the CPU path, the oracle of the tests and the benchmark's baseline. Takes float64 too."""
     live, at = groups >= 0, groups.clamp(min=0).long()
@@ -96,28 +96,13 @@ def _(p, g, m, shadow, groups, lr, decay, found_inf, scale, momentum, nesterov, 
 _launch.LAUNCHES["fastffl::sgd_flat"] = 1
 
 
-def _triton(
-    p: Tensor,
-    g: Tensor,
-    m: Tensor | None,
-    shadow: Tensor | None,
-    groups: Tensor,
-    lr: Tensor,
-    decay: Tensor,
-    found_inf: Tensor | None,
-    scale: Tensor | None,
-    momentum: float,
-    nesterov: bool,
-    zero: bool,
-) -> None:
-    if not p.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"FASTFFL_KERNELS=triton: p is on {p.device}; Triton needs CUDA, or TRITON_INTERPRET=1 for a test")
-    path = _sgd_flat
-    if p.dtype == torch.float64:
-        if choice() == "triton":
-            raise ValueError("FASTFFL_KERNELS=triton: p is torch.float64; the kernel takes torch.float32, the reference both")
-        path = sgd_flat_reference  # type: ignore[assignment]
-    path(p, g, m, shadow, groups, lr, decay, found_inf, scale, momentum, nesterov, zero)
+def _triton(p: Tensor, g: Tensor, m: Tensor | None, **options: Any) -> None:
+    if p.dtype != torch.float64:
+        _sgd_flat(p, g, m, **options)
+    elif choice() == "triton":
+        raise ValueError("FASTFFL_KERNELS=triton: p is torch.float64; the kernel takes torch.float32, the reference both")
+    else:
+        sgd_flat_reference(p, g, m, **options)
 
 
 register("sgd_flat", _triton)
@@ -176,7 +161,18 @@ def sgd_flat(
     if (m is not None) != (momentum > 0) or (nesterov and m is None):
         raise ValueError(f"momentum={momentum}, nesterov={nesterov}, m {'given' if m is not None else 'None'}; they must agree")
     path = triton_path("sgd_flat", p) or sgd_flat_reference
-    path(p, g, m, shadow, groups, lr, decay, found_inf, scale, float(momentum), nesterov, zero)
+    path(
+        *(p, g, m),
+        groups=groups,
+        lr=lr,
+        decay=decay,
+        momentum=float(momentum),
+        nesterov=nesterov,
+        shadow=shadow,
+        found_inf=found_inf,
+        scale=scale,
+        zero=zero,
+    )
 
 
 def bytes_moved(

@@ -36,7 +36,7 @@ def compare(r: random.Random) -> str:
     shadow = torch.zeros(n, dtype=r.choice(SHADOWS)) if r.random() < 0.7 else None
     groups = torch.tensor([r.randrange(-1, G) for _ in range(chunks)], dtype=torch.int32)
     lr = torch.tensor(r.uniform(0, 1)) if r.random() < 0.5 else torch.rand(G)
-    lr = lr if lr.ndim == 0 or r.random() < 0.7 else torch.rand(2 * G)[::2]
+    stepped = lr if lr.ndim == 0 or r.random() < 0.7 else torch.stack([lr, lr + 1], 1)[:, 0]
     decay = torch.tensor([r.choice([0.0, 5e-4, 0.1]) for _ in range(G)])
     found = None if r.random() < 0.4 else torch.tensor(r.choice([0.0, 0.0, 1.0]))
     found = found if found is None or r.random() < 0.5 else found[None]
@@ -48,7 +48,13 @@ def compare(r: random.Random) -> str:
         P, GR, M, S, *rest = put
         sgd_flat(
             *(P, GR, M),
-            **{"groups": rest[0], "lr": rest[1], "decay": rest[2], "momentum": momentum, "nesterov": nesterov},
+            **{
+                "groups": rest[0],
+                "lr": rest[1] if stepped is lr else stepped,
+                "decay": rest[2],
+                "momentum": momentum,
+                "nesterov": nesterov,
+            },
             **{"shadow": S, "found_inf": rest[3], "scale": rest[4], "zero": zero},
         )
         for a, b in zip(rest, (groups, lr, decay, found, scale), strict=True):
