@@ -1139,49 +1139,46 @@ def _case(
 
 
 def cases() -> list[Case]:
-    """Two maps of 64 channels, 8x8, 100 classes (CIFAR), and the GEMMs of two maps of 512 channels, 7x7."""
+    """Two maps of 64 channels, 8x8, 100 classes (CIFAR), and the GEMMs of two maps of 512 channels, 7x7; in fp32 what differs."""
     made = []
     h = w = 8
     batch, cs, n, classes = 1024, (64, 64), 64, 100
-    c, rows = sum(cs), batch * h * w
-    for dtype, wide in (("bf16", False), ("fp32", True)):
-        blocks = pick_dw(cs, rows, False, wide)
+    c, hw = sum(cs), h * w
+    rows = batch * hw
+    lay = tuple(nhwc(k, h, w) for k in cs)
+    maps = {"LAY": lay, "UNIT": True, "C": c, "H": h, "W": w}
+
+    def stencil(kernel: Any, dtype: str, blocks: Blocks, **more: Any) -> None:
         at = place(cs, blocks.n)
-        lay = tuple(nhwc(k, h, w) for k in cs)
-        maps = {"CS": at.CS, "FIRST": at.FIRST, "OFF": at.OFF, "LAY": lay, "UNIT": True, "C": c, "H": h, "W": w}
-        both = {**maps, "TILES": at.tiles, "MODE": "stats", "BLOCK_M": blocks.m, "BLOCK_C": blocks.n}
-        made.append(_case("dw_forward", dw_forward, dtype, both, blocks.warps, blocks.stages, "stencil"))
-        blocks = pick_dw(cs, rows, True, wide)
-        at = place(cs, blocks.n)
-        both = {**maps, "CS": at.CS, "FIRST": at.FIRST, "OFF": at.OFF, "DLAY": lay, "TILES": at.tiles, "MASK": False}
-        both |= {"BLOCK_M": blocks.m, "BLOCK_C": blocks.n, "BLOCK_S": SPLIT_BLOCK}
-        made.append(_case("dw_backward", dw_backward, dtype, both, blocks.warps, blocks.stages, "stencil"))
-    for dtype, wide, c, n, hw in (("bf16", False, 128, 64, 64), ("bf16", False, 1024, 512, 49), ("fp32", True, 128, 64, 64)):
-        rows = batch * hw
-        shape = {"C": c, "N": n, "PRECISION": "tf32"}
-        name = f"{c}>{n}"
-        b = pick_gemm(rows, c, n, wide)
-        blocked = {**shape, "TILES": b.tiles, "BLOCK_M": b.m, "BLOCK_N": b.n, "BLOCK_K": b.k}
-        made.append(
-            _case(
-                f"pw_forward {name}",
-                pw_forward,
-                dtype,
-                {**blocked, "ACT": True, "STATS": True, "bias": None},
-                b.warps,
-                b.stages,
-                "gemm",
-            )
-        )
-        b = pick_gemm(rows, n, c, wide, 2)
-        blocked = {**shape, "HW": hw, "TILES": b.tiles, "BLOCK_M": b.m, "BLOCK_N": b.n, "BLOCK_K": b.k}
-        made.append(_case(f"pw_backward_data {name}", pw_backward_data, dtype, blocked, b.warps, b.stages, "gemm"))
-        b, tiles_n, tiles_c = pick_weight(rows, c, n, wide)
-        blocked = {**shape, "HW": hw, "TILES_N": tiles_n, "TILES_C": tiles_c, "BLOCK_M": b.m, "BLOCK_N": b.n, "BLOCK_C": b.k}
-        made.append(
-            _case(f"pw_backward_weight {name}", pw_backward_weight, dtype, blocked, b.warps, b.stages, "gemm", out="*fp32")
-        )
-    c, n, hw = 128, 64, 64
+        both = {
+            **maps,
+            "CS": at.CS,
+            "FIRST": at.FIRST,
+            "OFF": at.OFF,
+            "TILES": at.tiles,
+            "BLOCK_M": blocks.m,
+            "BLOCK_C": blocks.n,
+        }
+        made.append(_case(kernel.__name__, kernel, dtype, both | more, blocks.warps, blocks.stages, "stencil"))
+
+    stencil(dw_forward, "bf16", pick_dw(cs, rows, False, False), MODE="stats")
+    for dtype in ("bf16", "fp32"):
+        stencil(dw_backward, dtype, pick_dw(cs, rows, True, dtype == "fp32"), DLAY=lay, MASK=False, BLOCK_S=SPLIT_BLOCK)
+    for dtype, deep, width, plane in (("bf16", 1024, 512, 49), ("fp32", c, n, hw)):
+        wide, m, name = dtype == "fp32", batch * plane, f"{deep}>{width}"
+        shape = {"C": deep, "N": width, "PRECISION": "tf32"}
+        b = pick_gemm(m, deep, width, wide)
+        more = {"TILES": b.tiles, "BLOCK_M": b.m, "BLOCK_N": b.n, "BLOCK_K": b.k, "ACT": True, "STATS": True, "bias": None}
+        made.append(_case(f"pw_forward {name}", pw_forward, dtype, shape | more, b.warps, b.stages, "gemm"))
+        if wide:
+            continue
+        b = pick_gemm(m, width, deep, wide, 2)
+        more = {"HW": plane, "TILES": b.tiles, "BLOCK_M": b.m, "BLOCK_N": b.n, "BLOCK_K": b.k}
+        made.append(_case(f"pw_backward_data {name}", pw_backward_data, dtype, shape | more, b.warps, b.stages, "gemm"))
+        b, tiles_n, tiles_c = pick_weight(m, deep, width, wide)
+        more = {"HW": plane, "TILES_N": tiles_n, "TILES_C": tiles_c, "BLOCK_M": b.m, "BLOCK_N": b.n, "BLOCK_C": b.k}
+        split = {**shape, **more}
+        made.append(_case(f"pw_backward_weight {name}", pw_backward_weight, dtype, split, b.warps, b.stages, "gemm", out="*fp32"))
     b = pick_tail(n, hw, classes)
     tail = {"N": n, "HW": hw, "CLASSES": classes, "TILES": b.tiles, "VAR": False, "SAVE": True}
     tail |= {"BLOCK_R": b.m, "BLOCK_N": b.n, "BLOCK_K": b.k}
@@ -1193,7 +1190,12 @@ def cases() -> list[Case]:
     one = pick_infer(cs, n, hw, classes, batch)
     assert one
     at = place(cs, one.c)
-    maps |= {"CS": at.CS, "FIRST": at.FIRST, "OFF": at.OFF, "TILES": at.tiles, "N": n, "CLASSES": classes, "PRECISION": "tf32"}
-    maps |= {"IMAGES": one.images, "PLANE": one.plane, "BLOCK_C": one.c, "BLOCK_N": one.n, "BLOCK_K": one.k}
-    made.append(_case("infer", infer, "bf16", maps, one.warps, 2, "gemm"))
+    whole = {**maps, "CS": at.CS, "FIRST": at.FIRST, "OFF": at.OFF, "TILES": at.tiles, "N": n, "CLASSES": classes}
+    whole |= {"IMAGES": one.images, "PLANE": one.plane, "BLOCK_C": one.c, "BLOCK_N": one.n, "BLOCK_K": one.k, "PRECISION": "tf32"}
+    made.append(_case("infer", infer, "bf16", whole, one.warps, 2, "gemm"))
+    for kernel in (bn_relu, column_stats, dp_rebuild, relu_sums):
+        b = pick_rows(4096, batch * 49)
+        passes = {"N" if kernel is dp_rebuild else "C": 4096, "TILES": b.tiles, "BLOCK_M": b.m, "BLOCK_C": b.n}
+        passes |= {"HW": 49} if kernel is dp_rebuild else {}
+        made.append(_case(kernel.__name__, kernel, "bf16", passes, b.warps, b.stages, "row"))
     return made
