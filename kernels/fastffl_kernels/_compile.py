@@ -33,6 +33,7 @@ class Case(NamedTuple):
     kind        "row", "stencil" or "gemm": decides the register limit
     loads       bytes the widest global load must have (16 unless the reason is in the case's name)
     unaligned   names of pointer and stride arguments without the 16-divisible hint
+    maxnreg     registers the compiler is given; left to itself it may spill a few bytes to fit more programs on a multiprocessor
     """
 
     name: str
@@ -44,6 +45,7 @@ class Case(NamedTuple):
     kind: str = "row"
     loads: int = 16
     unaligned: tuple[str, ...] = ()
+    maxnreg: int | None = None
 
 
 class Report(NamedTuple):
@@ -83,6 +85,8 @@ def compiled(case: Case, capability: int) -> Any:
     constants = {(case.kernel.arg_names.index(name),): value for name, value in case.constants.items()}
     source = ASTSource(case.kernel, case.signature, constants, _attributes(case))
     options = {"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": True}
+    if case.maxnreg is not None:
+        options["maxnreg"] = case.maxnreg
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -99,7 +103,9 @@ def report(case: Case, capability: int) -> Report:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+        usage = subprocess.run(
+            [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
         sass = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
     found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage.stdout)}
     width = {"LDG": 0, "STG": 0}

@@ -6,6 +6,7 @@ FASTFFL_KERNELS=reference  plain torch everywhere
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,12 +14,15 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ._launch import KernelUnavailable
+
 Choice = Literal["auto", "triton", "reference"]
 CHOICES: tuple[Choice, ...] = ("auto", "triton", "reference")
 _override: ContextVar[Choice | None] = ContextVar("fastffl_kernels_choice", default=None)
 
 # op name -> its Triton path. A kernel file registers its own here; the name is taken once.
 _TRITON: dict[str, Callable[..., Any]] = {}
+_unavailable: set[str] = set()  # ops whose kernels this machine's GPU or Triton can't compile
 
 
 def register(op: str, path: Callable[..., Any]) -> None:
@@ -54,9 +58,32 @@ def triton_path(op: str, x: Tensor) -> Callable[..., Any] | None:
     path = _TRITON.get(op)
     if asked == "triton" and path is None:
         raise ValueError(f"FASTFFL_KERNELS=triton: {op} has no Triton path in this version; use auto or reference")
-    if asked == "reference" or (asked == "auto" and not x.is_cuda):
+    if asked == "reference" or (asked == "auto" and (not x.is_cuda or op in _unavailable)):
         return None
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"FASTFFL_KERNELS=triton: {op} got a tensor on {x.device.type}; Triton needs CUDA (or TRITON_INTERPRET=1, which "
+            "interprets kernels on the CPU); use auto or reference"
+        )
     return path
+
+
+def run(op: str, x: Tensor, reference: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    """The result of `op` for a tensor like `x`: its Triton path where that is to be used, else `reference`.
+
+    A kernel that can't be compiled for this GPU is replaced by the reference with one warning; FASTFFL_KERNELS=triton: an error.
+    """
+    path = triton_path(op, x)
+    if path is None:
+        return reference(*args, **named)
+    try:
+        return path(*args, **named)
+    except KernelUnavailable as error:
+        if choice() == "triton":
+            raise
+        _unavailable.add(op)
+        warnings.warn(f"{error}; {op} runs as plain torch from now on", RuntimeWarning, stacklevel=3)
+        return reference(*args, **named)
 
 
 def explain(op: str, x: Tensor) -> str:

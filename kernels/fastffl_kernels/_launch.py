@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,10 @@ class Norm(NamedTuple):
     running_var: Tensor | None
     momentum: float = 0.1
     eps: float = 1e-5
+
+
+class KernelUnavailable(RuntimeError):
+    """A kernel can't be compiled or loaded on this machine."""
 
 
 class Launch(NamedTuple):
@@ -45,17 +50,41 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, warps: int, stages: int = 2, **named: Any) -> None:
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    *args: Any,
+    warps: int,
+    stages: int = 2,
+    maxnreg: int | None = None,
+    **named: Any,
+) -> None:
     """Run `kernel` over `grid` on the current stream of `device`; an empty grid runs nothing.
 
-    fp fusion is set explicitly because Triton 3.10 changes its default.
+    fp fusion is set explicitly because Triton 3.10 changes its default; maxnreg is the number of registers a thread may take.
     """
     if 0 in grid:
         return
     for seen in _recorders:
         seen.append(Launch(kernel.__name__, grid))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*args, **named, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+        if maxnreg is not None:
+            named["maxnreg"] = maxnreg
+        try:
+            kernel[grid](*args, **named, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+        except _compile_errors() as error:
+            what = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
+            raise KernelUnavailable(f"the kernel {kernel.__name__} can't be compiled for {device} ({what})") from error
+
+
+@cache
+def _compile_errors() -> tuple[type[BaseException], ...]:
+    """What Triton raises before a kernel has run: code it can't compile, too few registers or too little shared memory."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    return CompilationError, OutOfResources, PTXASError
 
 
 # Arrival counters: int32 zeros that every kernel leaves at zero again. Two launches in flight must not share one, so eager

@@ -102,16 +102,47 @@ def test_upstream_gradients_scale_everything() -> None:
         torch.testing.assert_close(v.grad, -2.5 * g)
 
 
-def test_gradcheck_of_every_output() -> None:
+def test_gradcheck_of_the_loss() -> None:
     z, y = case(3, 4, 3)
     edges = (GraphEdge(3, 2, 2.0, detach=False), GraphEdge(2, 0, 3.0, detach=False, eps=1e-3))
     weights = torch.tensor([0.7, 1.3], dtype=torch.float64)
 
-    def run(*logits: Tensor) -> tuple[Tensor, ...]:
-        return tuple(distill_graph(logits, y, ((0, 1.0), (3, 0.5)), edges, weights, ((0, 1),))[:3])
+    for mixed in ({}, {"labels2": (y + 1) % 4, "mix": torch.rand(len(y), dtype=torch.float64), "smoothing": 0.2}):
 
-    assert torch.autograd.gradcheck(run, tuple(z))
-    assert torch.autograd.gradgradcheck(run, tuple(z))
+        def run(w: Tensor, *logits: Tensor, mixed: dict[str, Any] = mixed) -> Tensor:
+            return distill_graph(logits, y, ((0, 1.0), (3, 0.5)), edges, w, ((0, 1),), **mixed).loss
+
+        assert torch.autograd.gradcheck(run, (weights.requires_grad_(), *z))
+        assert torch.autograd.gradgradcheck(run, (weights, *z))
+
+
+def test_mixed_and_smoothed_labels_are_torchs() -> None:
+    z, y = case(1, 10, 7)
+    y2, mix = (y + 3) % 10, torch.rand(7, dtype=torch.float64)
+    got = distill_graph((z[0],), y, ((0, 1.0),), (), torch.zeros(0), labels2=y2, mix=mix, smoothing=0.1).loss
+
+    def torchs(labels: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(z[0], labels, reduction="none", label_smoothing=0.1)
+
+    torch.testing.assert_close(got, (mix * torchs(y) + (1 - mix) * torchs(y2)).mean())
+
+
+def test_a_row_one_of_whose_labels_is_ignored_weighs_nothing() -> None:
+    z, y = case(1, 10, 4)
+    y2 = torch.tensor([1, -100, 2, 3])
+    out = distill_graph((z[0],), y, ((0, 1.0),), (), torch.zeros(0), labels2=y2, mix=torch.full((4,), 0.5))
+    assert int(out.rows) == 3
+
+
+def test_a_label_outside_the_classes_is_named_on_the_cpu() -> None:
+    z, y = case(1, 10, 4)
+    for bad in (10, -1, 2**40):
+        y[2] = bad
+        with pytest.raises(ValueError, match=rf"labels\[2\] is {bad}; expected a class 0\.\.9 or ignore_index=-100"):
+            distill_graph((z[0],), y, ((0, 1.0),), (), torch.zeros(0))
+    y[2] = -100
+    with pytest.raises(ValueError, match="ignore_index=None"):
+        distill_graph((z[0],), y, ((0, 1.0),), (), torch.zeros(0), (), None)
 
 
 def test_ignored_rows_weigh_nothing() -> None:
@@ -230,6 +261,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"edges": (GraphEdge(0, 1, T=math.nan),)}, "T=nan"),
     ({"means": ((),)}, "given nodes"),
     ({"means": ((0, 2),)}, "given nodes"),
+    ({"mix": torch.zeros(2)}, "belong together"),
+    ({"labels2": torch.zeros(2, dtype=torch.int64), "mix": torch.zeros(3)}, r"mix is \(3,\)"),
+    ({"smoothing": 1.0}, "smoothing=1.0"),
+    ({"logits": (torch.zeros(2, 0),) * 2}, "at least one class"),
 ]
 
 
@@ -250,10 +285,11 @@ def test_wrong_input_is_named(change: dict[str, Any], text: str) -> None:
 def test_dispatch_follows_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     z, y = case(1, 3)
     assert "reference (FASTFFL_KERNELS=auto" in explain("distill_graph", z[0])
-    with use("triton"), pytest.raises(ValueError, match="no Triton path"):
-        distill_graph(tuple(z), y, (), (), torch.zeros(0))
+    single = tuple(v.float() for v in z)
+    with use("triton"), pytest.raises(ValueError, match="distill_graph got a tensor on cpu; Triton needs CUDA"):
+        distill_graph(single, y, (), (), torch.zeros(0))
     monkeypatch.setenv("FASTFFL_KERNELS", "fast")
     with pytest.raises(ValueError, match="FASTFFL_KERNELS=fast: expected one of auto"):
-        distill_graph(tuple(z), y, (), (), torch.zeros(0))
+        distill_graph(single, y, (), (), torch.zeros(0))
     with use("reference"):
         distill_graph(tuple(z), y, (), (), torch.zeros(0))
