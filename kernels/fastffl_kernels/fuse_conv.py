@@ -245,7 +245,7 @@ class _Call:
 
     def conv(self, dw_weight: Tensor, mode: str, bn: tuple[Any, ...], momentum: float, eps: float) -> Tensor:
         """dw_forward; bn: mean, rstd, gamma, beta, running mean and variance, where the mode has them."""
-        b = self.jit.pick_dw(self.channels, self.rows, False, self.full)
+        b = self.jit.pick_dw(self.channels, self.rows, False)
         at = self.jit.place(self.channels, b.n)
         lay = self.where(self.maps)
         d = self.empty(self.rows, self.c)
@@ -597,7 +597,7 @@ def _backward(
         if need_pw:
             dpw.view(call.n, call.c).copy_(torch.mm(dp.t(), call.act(d, (mean1, rstd1, gamma1, beta1))))
     if need_maps or need_dw or splits is not None:
-        b = jit.pick_dw(call.channels, call.rows, True, call.full)
+        b = jit.pick_dw(call.channels, call.rows, True)
         at = jit.place(call.channels, b.n)
         lay = call.where(maps)
         dlay = call.where(dmaps) if need_maps else lay

@@ -15,6 +15,7 @@ from .._compile import Case
 # The interpreter's bf16 arithmetic and its fp32 -> bf16 cast are wrong (it truncates): both are done by hand there.
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
+MERGED = tl.constexpr(32)  # chunks whose partial results the last program of a channel block fetches together
 PROGRAMS = 264  # two per SM of an H200: enough to fill it, few enough that one program merges their partial results in 1-2 us
 TAIL_FC, TAIL_WIDTH = 1 << 14, 256  # fused width * classes, and width, up to which the tail kernel does the classifier itself
 # Arguments that differ from batch to batch: neither a kernel for each that is 1, nor one for each multiple of 16.
@@ -96,28 +97,29 @@ def _merge(n_a, mean_a, m2_a, x, row_ok, n_b):
 
 @triton.jit
 def _finish_stats(partial, programs, rows, M, c, c_ok, mean, rstd, running_mean, running_var, momentum, eps, C: tl.constexpr):
-    """The last program of a channel block: partial (2, programs, C) means and M2 of `rows` rows each -> statistics."""
-    i = tl.arange(0, 16)
+    """The last program of a channel block: partial (2, programs, C) means and M2 of `rows` rows each -> statistics.
+
+    Chan's formula for all chunks at once, from distances to the first chunk's mean: those are no larger than the spread of the
+    data, so nothing cancels. MERGED chunks are in flight together: one after the other each would cost a trip to the L2.
+    """
+    i = tl.arange(0, MERGED)
     second = partial + programs.to(tl.int64) * C
-    total = tl.zeros([16, c.shape[0]], tl.float32)
-    for t0 in range(0, programs, 16):
+    base = tl.load(partial + c, mask=c_ok, other=0.0, cache_modifier=".cg")
+    linear = tl.zeros([MERGED, c.shape[0]], tl.float32)
+    square = tl.zeros([MERGED, c.shape[0]], tl.float32)
+    for t0 in range(0, programs, MERGED):
         t = t0 + i
         ok = (t < programs)[:, None] & c_ok[None, :]
-        n = tl.minimum(tl.maximum(M - t * rows, 0), rows).to(tl.float32)
-        at = t.to(tl.int64)[:, None] * C + c[None, :]
-        total += n[:, None] * tl.load(partial + at, mask=ok, other=0.0, cache_modifier=".cg")
-    count = M.to(tl.float32)
-    mu = tl.sum(total, 0) / count
-    total = tl.zeros([16, c.shape[0]], tl.float32)
-    for t0 in range(0, programs, 16):
-        t = t0 + i
-        ok = (t < programs)[:, None] & c_ok[None, :]
-        n = tl.minimum(tl.maximum(M - t * rows, 0), rows).to(tl.float32)
-        at = t.to(tl.int64)[:, None] * C + c[None, :]
-        off = tl.load(partial + at, mask=ok, other=0.0, cache_modifier=".cg") - mu[None, :]
+        n = tl.minimum(tl.maximum(M - t * rows, 0), rows).to(tl.float32)[:, None]
+        at = t[:, None] * C + c[None, :]
+        off = tl.load(partial + at, mask=ok, other=0.0, cache_modifier=".cg") - base[None, :]
         m2 = tl.load(second + at, mask=ok, other=0.0, cache_modifier=".cg")
-        total += tl.where(ok, m2 + n[:, None] * off * off, 0.0)
-    m2 = tl.sum(total, 0)
+        linear += tl.where(ok, n * off, 0.0)
+        square += tl.where(ok, m2 + n * off * off, 0.0)
+    count = M.to(tl.float32)
+    shift = tl.sum(linear, 0) / count
+    mu = base + shift
+    m2 = tl.maximum(tl.sum(square, 0) - count * shift * shift, 0.0)
     tl.store(mean + c, mu, mask=c_ok)
     tl.store(rstd + c, 1.0 / tl.sqrt(m2 / count + eps), mask=c_ok)
     if running_mean is not None:
@@ -132,14 +134,14 @@ def _finish_stats(partial, programs, rows, M, c, c_ok, mean, rstd, running_mean,
 def _finish_sums(partial, programs, M, c, c_ok, gamma, rstd, dgamma, dbeta, coef, C: tl.constexpr):
     """partial (2, programs, C): sums of dy and of dy*xhat -> dgamma, dbeta, and coef (2, C) of BatchNorm's backward:
     dx = scale dy - coef[0] - coef[1] (x - mean)."""
-    i = tl.arange(0, 16)
+    i = tl.arange(0, MERGED)
     second = partial + programs.to(tl.int64) * C
-    one = tl.zeros([16, c.shape[0]], tl.float32)
-    two = tl.zeros([16, c.shape[0]], tl.float32)
-    for t0 in range(0, programs, 16):
+    one = tl.zeros([MERGED, c.shape[0]], tl.float32)
+    two = tl.zeros([MERGED, c.shape[0]], tl.float32)
+    for t0 in range(0, programs, MERGED):
         t = t0 + i
         ok = (t < programs)[:, None] & c_ok[None, :]
-        at = t.to(tl.int64)[:, None] * C + c[None, :]
+        at = t[:, None] * C + c[None, :]
         one += tl.load(partial + at, mask=ok, other=0.0, cache_modifier=".cg")
         two += tl.load(second + at, mask=ok, other=0.0, cache_modifier=".cg")
     s1 = tl.sum(one, 0)
@@ -713,7 +715,8 @@ def dw_backward(
         k1 = _load(coef + C, c, c_ok)
         r = tl.arange(0, BLOCK_M)
         j = tl.arange(0, 16)
-        sums = tl.zeros([16, BLOCK_C], tl.float32)
+        zero = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+        sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero)  # a tap each, turned so that the next is the first
         for i in range(iters):
             start = (t * iters + i) * BLOCK_M
             m = start + r
@@ -730,7 +733,7 @@ def dw_backward(
                     f = _load(_pointer(xs, tile, FIRST), at[:, None] + (local.to(tl.int64) * sc)[None, :], ok)
             acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
             skip = start.to(tl.int64) * C
-            for i3 in range(3):
+            for i3 in tl.static_range(3):
                 y = h - (i3 - 1)
                 for j3 in tl.static_range(3):
                     z = w - (j3 - 1)
@@ -745,7 +748,8 @@ def dw_backward(
                     if dxs is not None:
                         acc += g * tl.load(own + (3 * i3 + j3) * C + c, mask=c_ok, other=0.0)[None, :]
                     if dweight is not None:
-                        sums += tl.where((j == 3 * i3 + j3)[:, None], tl.sum(g * f, 0)[None, :], 0.0)
+                        sums = sums[1:] + (sums[0] + g * f,)
+                tl.debug_barrier()  # loads of three taps in flight, not of nine: they have to fit the registers
             if dxs is not None:
                 _f, _c, _o, db, dc, dh, dv = _place(tile, CS, FIRST, OFF, DLAY)
                 at = b * db + h.to(tl.int64) * dh + w.to(tl.int64) * dv
@@ -758,12 +762,16 @@ def dw_backward(
         if dweight is not None:
             place = j[:, None] * C + c[None, :]
             nine = (j < 9)[:, None] & c_ok[None, :]
-            tl.store(partial + t.to(tl.int64) * (9 * C) + place, sums, mask=nine)
+            for tap in tl.static_range(9):
+                tl.store(partial + t.to(tl.int64) * (9 * C) + tap * C + c, tl.sum(sums[tap], 0), mask=c_ok)
             if _last(count + tile, programs):
-                sums = tl.zeros([16, BLOCK_C], tl.float32)
-                for t0 in range(0, programs):
-                    sums += tl.load(partial + t0 * (9 * C) + place, mask=nine, other=0.0, cache_modifier=".cg")
-                tl.store(dweight + c[None, :] * 9 + j[:, None], _cast(sums, dweight.dtype.element_ty), mask=nine)
+                k = tl.arange(0, 16)
+                many = tl.zeros([16, 16, BLOCK_C], tl.float32)
+                for t0 in range(0, programs, 16):  # sixteen chunks in flight, see _finish_stats
+                    ok = (t0 + k < programs)[:, None, None] & nine[None, :, :]
+                    at = ((t0 + k) * (9 * C))[:, None, None] + place[None, :, :]
+                    many += tl.load(partial + at, mask=ok, other=0.0, cache_modifier=".cg")
+                tl.store(dweight + c[None, :] * 9 + j[:, None], _cast(tl.sum(many, 0), dweight.dtype.element_ty), mask=nine)
     elif splits is not None:
         at = (pid - programs * TILES).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
         ok = at < n_dpw
@@ -1019,10 +1027,10 @@ class Blocks(NamedTuple):
         return self.programs * self.tiles
 
 
-def _walk(rows: int, m: int, n: int, k: int, tiles: int, warps: int, stages: int, share: int = 1) -> Blocks:
-    """Chunks of rows so that about PROGRAMS / share programs run, however long the map."""
+def _walk(rows: int, m: int, n: int, k: int, tiles: int, warps: int, stages: int, share: float = 1.0) -> Blocks:
+    """Chunks of rows so that about PROGRAMS * share programs run, however long the map."""
     blocks = max(1, _divup(rows, m))
-    iters = _divup(blocks, max(1, PROGRAMS // share // max(1, tiles)))
+    iters = _divup(blocks, max(1, int(PROGRAMS * share) // max(1, tiles)))
     return Blocks(m, n, k, tiles, iters, _divup(blocks, iters), warps, stages)
 
 
@@ -1043,18 +1051,18 @@ def place(channels: tuple[int, ...], block: int) -> Placed:
     return Placed(channels, tuple(first[:-1]), tuple(off[:-1]), first[-1])
 
 
-def pick_dw(channels: tuple[int, ...], rows: int, backward: bool, wide: bool) -> Blocks:
-    """Depthwise kernels: 64 channels (128 bytes of bf16) a tile; backward 32, whose nine weight sums the last program of a
-    channel block merges over all chunks. The rows are what fits 128 registers (wide: fp32)."""
+def pick_dw(channels: tuple[int, ...], rows: int, backward: bool) -> Blocks:
+    """Depthwise kernels: 64 channels (128 bytes of bf16) a tile; backward 32, and two values a thread, beside which nine sums
+    for the weight gradient fit 128 registers."""
     c = _block(max(channels), 32 if backward else 64)
-    m = _block(rows, (8 if wide else 16) if backward else 32, 8)
-    return _walk(rows, m, c, 0, place(channels, c).tiles, 4, 2)
+    m = _block(rows, 16 if backward else 32)
+    return _walk(rows, m, c, 0, place(channels, c).tiles, 8 if backward else 4, 2)
 
 
 def pick_rows(width: int, rows: int) -> Blocks:
     """The passes beside a library GEMM."""
     c = _block(width, 64)
-    return _walk(rows, _block(rows, 64), c, 0, _divup(width, c), 4, 2)
+    return _walk(rows, _block(rows, 32), c, 0, _divup(width, c), 4, 2)
 
 
 def pick_gemm(rows: int, depth: int, width: int, wide: bool, stages: int = 3) -> Blocks:
@@ -1072,7 +1080,7 @@ def pick_weight(rows: int, depth: int, width: int, wide: bool) -> tuple[Blocks, 
     c = _block(depth, 64 if wide else 128)
     m = _block(rows, 32 if wide else 64)
     tiles_n, tiles_c = _divup(width, n), _divup(depth, c)
-    return _walk(rows, m, n, c, tiles_n * tiles_c, 8 if n * c >= 64 * 128 else 4, 3, 4), tiles_n, tiles_c
+    return _walk(rows, m, n, c, tiles_n * tiles_c, 8 if n * c >= 64 * 128 else 4, 3, 0.25), tiles_n, tiles_c
 
 
 def pick_head(batch: int, width: int, classes: int) -> Blocks:
@@ -1161,9 +1169,9 @@ def cases() -> list[Case]:
         }
         made.append(_case(kernel.__name__, kernel, dtype, both | more, blocks.warps, blocks.stages, "stencil"))
 
-    stencil(dw_forward, "bf16", pick_dw(cs, rows, False, False), MODE="stats")
+    stencil(dw_forward, "bf16", pick_dw(cs, rows, False), MODE="stats")
     for dtype in ("bf16", "fp32"):
-        stencil(dw_backward, dtype, pick_dw(cs, rows, True, dtype == "fp32"), DLAY=lay, MASK=False, BLOCK_S=SPLIT_BLOCK)
+        stencil(dw_backward, dtype, pick_dw(cs, rows, True), DLAY=lay, MASK=False, BLOCK_S=SPLIT_BLOCK)
     for dtype, deep, width, plane in (("bf16", 1024, 512, 49), ("fp32", c, n, hw)):
         wide, m, name = dtype == "fp32", batch * plane, f"{deep}>{width}"
         shape = {"C": deep, "N": width, "PRECISION": "tf32"}
