@@ -15,6 +15,8 @@ from fastinterp import fast
 from kernelkit import EPS, device_work, draws, guarded, layouts, rounded_error, saved_bytes
 from torch import Tensor
 
+from fastffl.fusion import ConvFusion
+from fastffl.values import MapSpec
 from fastffl_kernels import _launch, use
 from fastffl_kernels._launch import Norm, recorded
 
@@ -526,3 +528,37 @@ def test_seeded_bugs_are_seen(bug: str | None, tmp_path: Any, monkeypatch: pytes
         found |= {k: v for k, v in compare(case.to(FP32)).items() if not v[0] <= v[1]}
         _launch._next[torch.device("cpu")] = [0, 0]  # the same counters again
     assert bool(found) == bool(bug), found
+
+
+def test_the_fusion_module_takes_the_kernels_and_counts_its_batches() -> None:
+    nets = [ConvFusion((MapSpec(3, 4, 4), MapSpec(5, 4, 4)), 6) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    maps = [torch.randn(2, k, 4, 4) + 1 for k in (3, 5)]
+    with recorded() as seen:
+        got = nets[0](maps)
+    with use("reference"):
+        want = nets[1](maps)
+    assert [k.kernel for k in seen] == FORWARD
+    assert rounded_error(got.detach(), want.detach().double()) <= 5e-6 / EPS[FP32]
+    for (name, a), b in zip(nets[0].state_dict().items(), nets[1].state_dict().values(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-7), name
+
+
+class _Backend:
+    """Runs a graph as traced, and counts."""
+
+    compiled = 0
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        self.compiled += 1
+        return graph
+
+
+def test_many_batch_sizes_compile_at_most_three_times() -> None:
+    case = fixed()
+    step = torch.compile(
+        lambda maps: op.fuse_conv(maps, **case.parameters, training=True), fullgraph=True, backend=(counted := _Backend())
+    )
+    for batch in (2, 3, 4, 5, 6):
+        step(tuple(torch.randn(batch, m.shape[1], 4, 4) for m in case.maps))
+    assert counted.compiled <= 3
