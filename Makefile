@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make demo   install into $(VENV), train two different networks on real digits, print the table (a minute of training)"
-	@echo "make test   install what the tests need, run lint, types and every test"
+	@echo "make test   install what the tests need, run lint, types and every test (kernels interpreted and cross-compiled)"
 	@echo "make lint   ruff and mypy only"
 	@echo "make clean  remove $(VENV), runs/ and caches"
 
@@ -37,9 +37,21 @@ lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-test: lint
-	@echo "== tests"
-	@$(BIN)/python -m pytest
+# Triton 3.6, the oldest supported, compiles the kernels too; alone it installs in seconds, and no kernel file needs torch.
+$(VENV)/triton-old/.installed: pyproject.toml | $(BIN)/python
+	@echo "== installing Triton 3.6 into $(VENV)/triton-old"
+	@$(PYTHON) -m venv $(VENV)/triton-old
+	@$(VENV)/triton-old/bin/python -m pip install --quiet --disable-pip-version-check 'triton==3.6.*' setuptools
+	@touch $@
+
+# Three processes: interpreted kernels can't be compiled, and only a process started with TRITON_INTERPRET=1 interprets.
+test: lint $(VENV)/triton-old/.installed
+	@echo "== kernels, interpreted on the CPU against float64"
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interp -n 2 -q
+	@echo "== kernels, compiled for sm_80, sm_90, sm_100 and sm_120 by the installed Triton and by Triton 3.6"
+	@FASTFFL_TRITON_OLD=$(abspath $(VENV)/triton-old/bin/python) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/compiles -n 2 -q
+	@echo "== everything else"
+	@$(BIN)/python -m pytest --ignore=tests/compiles
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from ._launch import KernelUnavailable
 
 Choice = Literal["auto", "triton", "reference"]
 CHOICES: tuple[Choice, ...] = ("auto", "triton", "reference")
+HAS_TRITON = find_spec("triton") is not None
 _override: ContextVar[Choice | None] = ContextVar("fastffl_kernels_choice", default=None)
 
 # op name -> its Triton path. A kernel file registers its own here; the name is taken once.
@@ -58,8 +60,10 @@ def triton_path(op: str, x: Tensor) -> Callable[..., Any] | None:
     path = _TRITON.get(op)
     if asked == "triton" and path is None:
         raise ValueError(f"FASTFFL_KERNELS=triton: {op} has no Triton path in this version; use auto or reference")
-    if asked == "reference" or (asked == "auto" and (not x.is_cuda or op in _unavailable)):
+    if asked == "reference" or (asked == "auto" and (not x.is_cuda or op in _unavailable or not HAS_TRITON)):
         return None
+    if not HAS_TRITON:
+        raise ValueError(f"FASTFFL_KERNELS=triton: {op} needs the package triton, which is not installed: pip install triton")
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f"FASTFFL_KERNELS=triton: {op} got a tensor on {x.device.type}; Triton needs CUDA (or TRITON_INTERPRET=1, which "
@@ -72,6 +76,7 @@ def run(op: str, x: Tensor, reference: Callable[..., Any], *args: Any, **named: 
     """The result of `op` for a tensor like `x`: its Triton path where that is to be used, else `reference`.
 
     A kernel that can't be compiled for this GPU is replaced by the reference with one warning; FASTFFL_KERNELS=triton: an error.
+    Where an earlier kernel of that one call had run already, running statistics are updated twice by it.
     """
     path = triton_path(op, x)
     if path is None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _launch
-from ._dispatch import choice, register, triton_path
+from ._dispatch import choice, register, run
 from ._draws import below, uniform_bits
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -347,8 +347,8 @@ def augment(
         raise ValueError(f"views={views}, cutout={cutout}; expected at least one view and a side of at least 0")
     if not (0 <= mixup <= ALPHA and 0 <= cutmix <= ALPHA):
         raise ValueError(f"mixup={mixup}, cutmix={cutmix}; expected an alpha of 0 (none) to {ALPHA:g}")
-    path = triton_path("augment", images) or augment_reference
-    out: Augmented = path(
+    out: Augmented = run(
+        *("augment", images, augment_reference),
         *(images, ids, seed, epoch),
         size=size,
         mean=[float(v) for v in mean],

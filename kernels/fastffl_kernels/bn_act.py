@@ -18,7 +18,6 @@ ReLU's mask is made again from x. Torch's own BatchNorm and ReLU save x and y.
 Statistics are fp32, merged as (mean, M2) in a fixed order (Chan, Golub, LeVeque 1983): the same input gives the same bits.
 """
 
-import os
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _launch
-from ._dispatch import register, triton_path
+from ._dispatch import register, run
 from ._launch import LAUNCHES, Norm, counters, launch
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -334,8 +333,6 @@ def _rows(x: Tensor) -> Tensor:
 
 def _triton(x: Tensor, norm: Norm, *, residual: Tensor | None, relu: bool, training: bool, batches: Tensor | None) -> Tensor:
     weight, bias, running_mean, running_var, momentum, eps = norm
-    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"FASTFFL_KERNELS=triton: x is on {x.device}; expected cuda, or TRITON_INTERPRET=1 to interpret kernels")
     if not all(v is None or v.is_contiguous() for v in (running_mean, running_var)):
         raise ValueError("the running mean and variance are updated in place; expected contiguous ones")
     weight, bias, rows = weight.contiguous(), bias.contiguous(), _rows(x)
@@ -392,6 +389,8 @@ def bn_act(
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
     learns = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, residual, norm.weight, norm.bias))
     only_reference = x.dtype == torch.float64 or x.numel() == 0 or (learns and not training)
-    path = bn_act_reference if only_reference else triton_path("bn_act", x) or bn_act_reference
-    y: Tensor = path(x, norm, residual=residual, relu=relu, training=training, batches=batches)
+    options: dict[str, Any] = {"residual": residual, "relu": relu, "training": training, "batches": batches}
+    if only_reference:
+        return bn_act_reference(x, norm, **options)
+    y: Tensor = run("bn_act", x, bn_act_reference, x, norm, **options)
     return y

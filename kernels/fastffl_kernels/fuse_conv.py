@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _launch
-from ._dispatch import register, triton_path
+from ._dispatch import register, run
 from ._launch import LAUNCHES, Norm, counters, divup, launch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -822,14 +822,13 @@ def fuse_conv(
     B = 0 gives (0, ...), zero gradients and running statistics as they were. ValueError says what was wrong.
     """
     _check(maps, dw_weight, bn1, pw_weight, bn2, fc_weight, fc_bias, training)
-    path = triton_path("fuse_conv", maps[0])
-    if path is None or maps[0].dtype == torch.float64:
-        path = fuse_conv_reference
-    elif not training and torch.is_grad_enabled():
-        inputs = (*maps, dw_weight, bn1.weight, bn1.bias, pw_weight, bn2.weight, bn2.bias, fc_weight, fc_bias)
-        if any(t is not None and t.requires_grad for t in inputs):
-            path = fuse_conv_reference
-    out: Tensor = path(maps, dw_weight, bn1, pw_weight, bn2, fc_weight, fc_bias, training=training, recompute=recompute)
+    inputs = (*maps, dw_weight, bn1.weight, bn1.bias, pw_weight, bn2.weight, bn2.bias, fc_weight, fc_bias)
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    arguments = (maps, dw_weight, bn1, pw_weight, bn2, fc_weight, fc_bias)
+    options: dict[str, Any] = {"training": training, "recompute": recompute}
+    if maps[0].dtype == torch.float64 or (learns and not training):
+        return fuse_conv_reference(*arguments, **options)
+    out: Tensor = run("fuse_conv", maps[0], fuse_conv_reference, *arguments, **options)
     return out
 
 

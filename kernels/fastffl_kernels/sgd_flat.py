@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import _launch
-from ._dispatch import choice, register, triton_path
+from ._dispatch import choice, register, run
 
 CHUNK = 1024  # a parameter is padded to whole chunks: 0.3 % of ResNet-50, and no kernel ever needs a mask
 GRADS = (torch.float32, torch.bfloat16, torch.float16)
@@ -160,8 +160,8 @@ def sgd_flat(
         raise ValueError(f"p has strides {p.stride()}; expected a contiguous tensor")
     if (m is not None) != (momentum > 0) or (nesterov and m is None):
         raise ValueError(f"momentum={momentum}, nesterov={nesterov}, m {'given' if m is not None else 'None'}; they must agree")
-    path = triton_path("sgd_flat", p) or sgd_flat_reference
-    path(
+    run(
+        *("sgd_flat", p, sgd_flat_reference),
         *(p, g, m),
         groups=groups,
         lr=lr,

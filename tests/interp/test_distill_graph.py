@@ -3,10 +3,12 @@
 import importlib
 import math
 import random
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from fastinterp import fast
 from kernelkit import EPS, device_work, draws, guarded, layouts, saved_bytes
 from torch import Tensor
 
@@ -16,6 +18,14 @@ from fastffl_kernels.distill_graph import _scale_op, _static, bytes_moved, disti
 from fastffl_kernels.jit import distill_graph as jit
 
 OP = importlib.import_module("fastffl_kernels.distill_graph")  # the package's attribute of that name is the function
+
+
+@pytest.fixture(autouse=True)
+def quick() -> Iterator[None]:
+    with fast():
+        yield
+
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EDGE_SIZES = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129, 255, 257)
 
