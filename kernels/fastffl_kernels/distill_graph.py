@@ -185,6 +185,8 @@ def _graph_op(
         for t in (loss, ce, kl, top1, top5, rows):
             t.zero_()
         return loss, ce, kl, top1, top5, rows, grads
+    labels, weights = labels.contiguous(), weights.contiguous()
+    labels2 = None if labels2 is None else labels2.contiguous()
     config = jit.pick(B, C, nodes, static["UNDETACHED"], smoothing > 0 or labels2 is not None)
     programs = divup(B, config.rows)
     group, groups = jit.groups(programs)
@@ -308,7 +310,8 @@ def distill_graph(
     """All terms, the total loss and the counts of one step (Kim et al., Feature Fusion Learning; and its siblings by data).
 
     logits        M tensors (B, C), or heatmaps (B, J, H, W) whose rows are (b, joint) and whose classes are the H W pixels;
-                  bf16, fp16, fp32 (also mixed; fp64 takes the reference path), one device; any strides; never stacked or changed
+                  bf16, fp16, fp32 (also mixed; fp64 takes the reference path), one device; any strides; never stacked or changed.
+                  Strided labels and weights are copied
     labels        (B,) int64 in [0, C) or `ignore_index`; for heatmaps (B, J), the pixel h W + w. On the CPU a label outside is a
                   ValueError; on a GPU, where the host reads nothing, it makes the loss NaN
     hard          (node, weight) of every node that meets the labels

@@ -433,6 +433,16 @@ def test_row_offsets_are_64_bit() -> None:
         assert torch.equal(p.call(p.z, p.weights, p.mixed).loss, near.call(near.z, p.weights, p.mixed).loss)
 
 
+def test_strided_labels_and_weights() -> None:
+    p = mixed(simple())
+    with use("triton"):
+        want = p.call(p.z, torch.full((3,), 0.7), p.mixed)
+        apart = {k: torch.stack([v, v], 1)[:, 0] if isinstance(v, Tensor) else v for k, v in p.mixed.items()}
+        p = p._replace(y=torch.stack([p.y, p.y * 0], 1)[:, 0])
+        got = p.call(p.z, torch.tensor([0.7]).expand(3), apart)
+    assert torch.equal(got.loss, want.loss) and got.top1.tolist() == want.top1.tolist()
+
+
 def test_heatmaps_are_rows_of_pixels() -> None:
     """Two pose nets' maps (B, J, H, W): softmax over the pixels of each joint, as (B J, H W) rows give it."""
     shape = torch.Generator().manual_seed(3)
