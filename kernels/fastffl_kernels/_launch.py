@@ -89,7 +89,7 @@ def _compile_errors() -> tuple[type[BaseException], ...]:
 
 # Arrival counters: int32 zeros that every kernel leaves at zero again. Two launches in flight must not share one, so eager
 # calls take turns over a ring far longer than any queue of launches, and a captured call keeps its counters for good.
-RING, CAPTURED = 1 << 14, 1 << 16
+RING, CAPTURED = 1 << 14, 1 << 18
 _counters: dict[torch.device, tuple[Tensor, Tensor]] = {}
 _next: dict[torch.device, list[int]] = {}
 

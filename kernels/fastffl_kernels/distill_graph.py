@@ -306,6 +306,7 @@ def distill_graph(
     labels2: Tensor | None = None,
     mix: Tensor | None = None,
     smoothing: float = 0.0,
+    check: bool = True,
 ) -> GraphOut:
     """All terms, the total loss and the counts of one step (Kim et al., Feature Fusion Learning; and its siblings by data).
 
@@ -322,6 +323,7 @@ def distill_graph(
     labels2, mix  second labels (as `labels`) and the share of the first ones, floating point (B,) in [0, 1]: mixup and cutmix.
                   Counts are of the first labels
     smoothing     label smoothing s in [0, 1)
+    check         False: the labels' range was checked before (`check_labels`), as where a data set is read
 
     The gradient flows through `loss`, into logits and weights, once (retain_graph does not help); ce and kl are for the
     record. B = 0 and all rows ignored give loss 0 with zero gradients (torch's own cross-entropy gives NaN there). Reductions
@@ -335,7 +337,11 @@ def distill_graph(
         rows = [None if t is None else t.flatten() for t in (labels, labels2, mix)]
         assert rows[0] is not None
         return distill_graph(
-            flat, rows[0], hard, edges, weights, means, ignore_index, labels2=rows[1], mix=rows[2], smoothing=smoothing
+            *(flat, rows[0], hard, edges, weights, means, ignore_index),
+            labels2=rows[1],
+            mix=rows[2],
+            smoothing=smoothing,
+            check=check,
         )
     shape, device = logits[0].shape, logits[0].device
     for k, z in enumerate(logits):
@@ -374,7 +380,7 @@ def distill_graph(
     for e in edges:
         if not 0 < e.T < float("inf") or not e.eps >= 0:
             raise ValueError(f"edge {e.teacher}>{e.student}: T={e.T}, eps={e.eps}; expected a finite T > 0 and eps >= 0")
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if check and device.type == "cpu" and not torch.compiler.is_compiling():
         check_labels(labels, shape[1], ignore_index)
         if labels2 is not None:
             check_labels(labels2, shape[1], ignore_index)
