@@ -44,7 +44,8 @@ class GraphEdge(NamedTuple):
 
 
 class GraphOut(NamedTuple):
-    """What one evaluation of the graph gives; all fp32 (fp64 for fp64 logits) except the counts, which are int64."""
+    """What one evaluation of the graph gives; all fp32 (fp64 for fp64 logits) except the counts, which are int64. Only the loss
+    carries a gradient; for that of one term call the op with that term alone."""
 
     loss: Tensor  # ()
     ce: Tensor  # (H,)
