@@ -117,7 +117,7 @@ def device_work(call: Callable[[], Any]) -> tuple[list[str], list[str]]:
     """What a call would launch on a device: (our kernels, torch operations that compute or copy)."""
     from torch.profiler import ProfilerActivity, profile
 
-    with _launch.recorded() as ours, profile(activities=[ProfilerActivity.CPU]) as seen:
+    with _launch.recorded() as ours, profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
         call()
     inner = [e for e in seen.events() if e.name.startswith("aten::")]
     leaves = [e for e in inner if not any(c.name.startswith("aten::") for c in e.cpu_children)]

@@ -9,7 +9,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from ._launch import KernelUnavailable
 Choice = Literal["auto", "triton", "reference"]
 CHOICES: tuple[Choice, ...] = ("auto", "triton", "reference")
 HAS_TRITON = find_spec("triton") is not None
-_override: ContextVar[Choice | None] = ContextVar("fastffl_kernels_choice", default=None)
+_override: list[Choice] = []  # innermost last; a list, because torch 2.11 does not trace a ContextVar
 
 # op name -> its Triton path. A kernel file registers its own here; the name is taken once.
 _TRITON: dict[str, Callable[..., Any]] = {}
@@ -36,7 +35,7 @@ def register(op: str, path: Callable[..., Any]) -> None:
 
 def choice() -> Choice:
     """What the user asked for: the innermost `use(...)`, else FASTFFL_KERNELS, else auto."""
-    asked = _override.get() or os.environ.get("FASTFFL_KERNELS", "auto")
+    asked = _override[-1] if _override else os.environ.get("FASTFFL_KERNELS", "auto")
     if asked not in CHOICES:
         raise ValueError(f"FASTFFL_KERNELS={asked}: expected one of {', '.join(CHOICES)}")
     return asked
@@ -44,14 +43,14 @@ def choice() -> Choice:
 
 @contextmanager
 def use(asked: Choice) -> Iterator[None]:
-    """Within the block every op takes the path `asked` ("auto", "triton" or "reference")."""
+    """Within the block every op, in every thread, takes the path `asked` ("auto", "triton" or "reference")."""
     if asked not in CHOICES:
         raise ValueError(f"use({asked!r}): expected one of {', '.join(CHOICES)}")
-    token = _override.set(asked)
+    _override.append(asked)
     try:
         yield
     finally:
-        _override.reset(token)
+        _override.pop()
 
 
 def triton_path(op: str, x: Tensor) -> Callable[..., Any] | None:
