@@ -209,7 +209,7 @@ def _graph_op(
 
 
 @_graph_op.register_fake
-def _(logits, labels, labels2, mix, weights, hard, hard_weights, edges, temperatures, *rest):  # type: ignore[no-untyped-def]
+def _graph_fake(logits, labels, labels2, mix, weights, hard, hard_weights, edges, temperatures, *rest):  # type: ignore[no-untyped-def]
     sizes, wanted = rest[2], rest[5]
     nodes = len(logits) + len(sizes)
     f32, i64 = {"dtype": torch.float32}, {"dtype": torch.int64}

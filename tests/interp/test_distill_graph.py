@@ -1,6 +1,7 @@
 """distill_graph's kernels, interpreted, against float64: random graphs over random logits, every tensor among canaries."""
 
 import importlib
+import inspect
 import math
 import random
 from collections.abc import Iterator
@@ -323,15 +324,97 @@ def test_the_same_input_gives_the_same_bits() -> None:
     assert all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True))
 
 
+def arguments(p: Problem) -> tuple[Any, ...]:
+    """What the operator takes for `simple` problems."""
+    z = [v.clone().requires_grad_() for v in p.z]
+    flat = ([h for h, _ in p.hard], [w for _, w in p.hard], [2, 0, 1, 2, 1, 1, 3, 2, 0], [3.0, 3.0, 2.0], [0.0, 0.0, 1e-3])
+    rest = (p.mixed.get("labels2"), p.mixed.get("mix"), p.weights)
+    return (z, p.y, *rest, *flat, [0, 1], [2], -100, p.mixed["smoothing"], [True] * 3)
+
+
+def unlawful(op: Any) -> list[str]:
+    """What an operator with distill_graph's arguments breaks: torch's own rules, the gradient, the second derivative."""
+    said = []
+    given = arguments(simple())
+    z = given[0]
+    try:
+        torch.library.opcheck(op, given)
+    except Exception as error:
+        said.append(f"opcheck: {str(error).splitlines()[0]}")
+    try:
+        grads = torch.autograd.grad(-1.5 * op(*given)[0], z)
+        exact = [v.detach().double().requires_grad_() for v in z]
+        p = simple()
+        want = torch.autograd.grad(-1.5 * p.call(exact, p.weights.double(), p.mixed, distill_graph_reference).loss, exact)
+        if any(bool(((a - b).abs() > 1e-5 * b.abs().max()).any()) for a, b in zip(grads, want, strict=True)):
+            said.append("wrong gradient")
+    except Exception as error:
+        said.append(f"gradient: {str(error).splitlines()[0]}")
+    try:
+        torch.autograd.grad(op(*given)[0], z, create_graph=True)
+        said.append("a second derivative that is silently 0")
+    except RuntimeError as error:
+        if "double backward is not supported" not in str(error):
+            said.append(f"double backward: {str(error).splitlines()[0]}")
+    return said
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck looks at its own copies
 def test_opcheck() -> None:
-    for p in (simple(), mixed(simple(20))):
-        z = [v.requires_grad_() for v in p.z]
-        flat = ([h for h, _ in p.hard], [w for _, w in p.hard], [0, 1, 1, 2, 0, 0, 3, 2, 1], [3.0, 2.0, 1.0], [0.0, 1e-3, 0.0])
-        rest = (p.mixed.get("labels2"), p.mixed.get("mix"), p.weights)
-        arguments = (z, p.y, *rest, *flat, [0, 1], [2], -100, p.mixed["smoothing"], [True] * 3)
-        torch.library.opcheck(torch.ops.fastffl.distill_graph.default, arguments)
+    assert not unlawful(torch.ops.fastffl.distill_graph.default)
+    torch.library.opcheck(torch.ops.fastffl.distill_graph.default, arguments(mixed(simple(20))))
     torch.library.opcheck(torch.ops.fastffl.scale_.default, ([torch.randn(4, 5), torch.randn(4, 5)], torch.tensor(2.0)))
+
+
+LAWLESS = {
+    "input mutated": "opcheck",
+    "output aliases input": "opcheck",
+    "fake of a wrong shape": "opcheck",
+    "fake missing": "opcheck",
+    "autograd not registered": "opcheck",
+    "gradient 1 % too large": "wrong gradient",
+    "double backward silently 0": "a second derivative",
+    "upstream gradient taken as 1": "wrong gradient",
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf", "ignore::UserWarning")
+@pytest.mark.parametrize("bug", LAWLESS)
+def test_a_lawless_operator_is_seen(bug: str) -> None:
+    """reliability.md 3.7: no single check sees every bug of a custom operator, all of them together do."""
+    right = OP._graph_op._init_fn
+    number = list(LAWLESS).index(bug)
+
+    def forward(logits: list[Tensor], *rest: Any) -> Any:
+        out = right(logits, *rest)
+        if bug == "input mutated":
+            logits[0].add_(1)
+        if bug == "output aliases input":
+            out[-1][0] = logits[0]
+        return out
+
+    forward.__signature__ = inspect.signature(right)  # type: ignore[attr-defined]
+    schema = torch.library.infer_schema(right, mutates_args=())
+    op = torch.library.custom_op(f"seeded::graph{number}", forward, mutates_args=(), schema=schema)
+
+    def fake(logits: list[Tensor], *rest: Any) -> Any:
+        out = OP._graph_fake(logits, *rest)
+        return (*out[:3], out[3].new_empty(len(out[3]) + 1), *out[4:]) if bug == "fake of a wrong shape" else out
+
+    def backward(ctx: Any, g: Tensor, *more: Any) -> Any:
+        if bug == "double backward silently 0":
+            with torch.no_grad():
+                return OP._backward(ctx, g, *more)
+        if bug == "upstream gradient taken as 1":
+            return OP._backward(ctx, torch.ones_like(g), *more)
+        return OP._backward(ctx, g * 1.01 if bug == "gradient 1 % too large" else g, *more)
+
+    if bug != "fake missing":
+        op.register_fake(fake)
+    if bug != "autograd not registered":
+        op.register_autograd(backward, setup_context=OP._keep)
+    said = unlawful(getattr(torch.ops.seeded, f"graph{number}").default)
+    assert any(text.startswith(LAWLESS[bug]) for text in said), said
 
 
 def test_double_backward_and_a_second_backward_are_errors() -> None:
