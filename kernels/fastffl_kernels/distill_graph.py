@@ -19,7 +19,8 @@ once. The forward makes the gradients too and keeps them (in the logits' dtype) 
 them by the upstream gradient in place, and touches nothing where that is 1.
 """
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -142,17 +143,15 @@ def _jit() -> ModuleType:
     return distill_graph
 
 
-def _static(
-    given: int, hard: list[int], hard_weights: list[float], edges: list[int], temperatures: list[float], eps: list[float],
-    members: list[int], sizes: list[int],
-) -> dict[str, Any]:  # fmt: skip
-    """The kernels' constants from the flat lists an operator's schema can hold."""
+@lru_cache(maxsize=256)
+def _static(graph: Callable[..., dict[str, Any]], given: int, *flat: tuple[Any, ...]) -> dict[str, Any]:
+    """The kernels' constants from the flat lists an operator's schema can hold; a step asks for the same ones every time."""
+    hard, hard_weights, edges, temperatures, eps, members, sizes = flat
     ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
-    means = [tuple(members[end - size : end]) for end, size in zip(ends, sizes, strict=True)]
+    means = [members[end - size : end] for end, size in zip(ends, sizes, strict=True)]
     triples = [edges[3 * e : 3 * e + 3] for e in range(len(edges) // 3)]
     full = [(t, s, T, bool(d), x) for (t, s, d), T, x in zip(triples, temperatures, eps, strict=True)]
-    made: dict[str, Any] = _jit().graph(given, list(zip(hard, hard_weights, strict=True)), full, means)
-    return made
+    return graph(given, list(zip(hard, hard_weights, strict=True)), full, means)
 
 
 @torch.library.custom_op("fastffl::distill_graph", mutates_args=())
@@ -176,7 +175,8 @@ def _graph_op(
     """loss, ce, kl, top1, top5, rows and the gradients of the wanted nodes. edges: (teacher, student, detach) flattened."""
     jit, device = _jit(), logits[0].device
     B, C = logits[0].shape
-    static = _static(len(logits), hard, hard_weights, edges, temperatures, eps, members, sizes)
+    flat = (hard, hard_weights, edges, temperatures, eps, members, sizes)
+    static = _static(jit.graph, len(logits), *(tuple(part) for part in flat))
     nodes = len(logits) + len(sizes)
     f32, i64 = torch.float32, torch.int64
     loss, ce, kl = (_launch.empty(shape, f32, device) for shape in ((), (len(hard),), (len(temperatures),)))
