@@ -33,6 +33,7 @@ class Case(NamedTuple):
     kind        "row", "stencil" or "gemm": decides the register limit
     loads       bytes the widest global load must have (16 unless the reason is in the case's name)
     unaligned   names of pointer and stride arguments without the 16-divisible hint
+    stores      bytes the widest global store must have; gradients leave as wide as logits come, and sums do not hide it
     maxnreg     registers the compiler is given; left to itself it may spill a few bytes to fit more programs on a multiprocessor
     """
 
@@ -45,6 +46,7 @@ class Case(NamedTuple):
     kind: str = "row"
     loads: int = 16
     unaligned: tuple[str, ...] = ()
+    stores: int = 0
     maxnreg: int | None = None
 
 
@@ -138,6 +140,8 @@ def wrong(case: Case, capability: int, r: Report) -> list[str]:
         said.append(f"{r.shared} bytes of shared memory, sm_{capability} has {SHARED[capability]}")
     if r.loads < case.loads:
         said.append(f"widest load {r.loads} bytes, expected {case.loads}")
+    if r.stores < case.stores:
+        said.append(f"widest store {r.stores} bytes, expected {case.stores}")
     if case.kind == "gemm" and capability == 90 and not r.wgmma:
         said.append("no wgmma")
     return [f"{case.name} on sm_{capability}: {text}" for text in said]

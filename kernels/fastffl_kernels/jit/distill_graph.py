@@ -685,6 +685,7 @@ def cases() -> list[Case]:
             constants,
             config.warps,
             loads=loads,
+            stores=loads,
             maxnreg=MAXNREG,
         )
 
@@ -698,7 +699,7 @@ def cases() -> list[Case]:
         one("fused, loop, odd rows", 4, 21841, loads=2),
         one("undetached, 2 columns a thread", 4, 1000, detach=False, loads=4),
         one("undetached, loop, odd rows", 4, 21841, detach=False, loads=2),
-        one("mixed, smoothed, labels counted", 2, 1000, MIXED=True, SMOOTHING=0.1, IGNORE=-100),
+        one("mixed, smoothed, labels counted, 4 columns a thread", 2, 1000, loads=8, MIXED=True, SMOOTHING=0.1, IGNORE=-100),
         one("many nodes, loop, 1 column a thread", 7, 1000, loads=2),
         Case("scale", scale_kernel, scale, {"BLOCK": 2048}, 8),
     ]
