@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fastffl_kernels import explain
+
 from ..errors import UsageError
 from ..recipe import Recipe
 
@@ -42,6 +44,10 @@ def plan(recipe: Recipe) -> Plan:
     if asked == "cuda" and not cuda:
         raise UsageError("--device cuda: torch finds no CUDA device; use --device cpu, and see `fastffl doctor`")
     device = torch.device("cuda" if asked == "cuda" or (asked == "auto" and cuda) else "cpu")
+    try:
+        explain("distill_graph", torch.empty(0, device=device))
+    except ValueError as error:  # FASTFFL_KERNELS asks for what is not, or for Triton where it can't run
+        raise UsageError(str(error)) from error
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     dtype = None

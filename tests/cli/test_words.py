@@ -264,3 +264,15 @@ def test_printable_leaves_text_and_hides_tricks() -> None:
     tricks = "\n\r\t\x00\x1b[2J\x9b\u202e\u2066\u200f\u2028\u061c\ufeff\udcff"
     shown = printable(tricks)
     assert shown.isprintable() and shown.encode() and len(shown.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("fast", "FASTFFL_KERNELS=fast: expected one of auto, triton, reference"),
+        ("triton", "FASTFFL_KERNELS=triton: distill_graph got a tensor on cpu; Triton needs CUDA"),
+    ],
+)
+def test_a_wrong_choice_of_kernels_is_one_sentence(asked: str, said: str, refused, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("FASTFFL_KERNELS", asked)
+    assert said in refused("train", "digits", "--device", "cpu")
