@@ -25,6 +25,8 @@ import fastffl_kernels
 from fastffl_kernels import _compile
 
 from . import problems, timing
+from .goals import Comparison, Goal, Measured, lost_ground
+from .goals import goal_table as goal_table
 from .problems import MAX, SHORT, Inputs, Outputs, Problem, Style
 
 Row = dict[str, Any]
@@ -33,25 +35,6 @@ OPS = ("distill_graph", "fuse_conv", "bn_act", "augment", "sgd_flat")
 PASSES = ("", "default", MAX)
 FAR = {torch.bfloat16: 0.05, torch.float16: 0.05, torch.float32: 1e-3}  # relative distance beyond which an answer is wrong
 COMPILE_S = 40.0  # no compilation begins with less time left
-
-
-class Goal(NamedTuple):
-    """A figure a release must reach on an H200 (`must`) and what the model of bytes and launches expects (`aim`).
-
-    against   the group whose best row ours is compared with, or "copy": the share of the copy rate
-    """
-
-    id: str
-    op: str
-    case: str
-    against: str
-    must: float
-    aim: float
-    dtype: str = "bf16"
-
-    @property
-    def text(self) -> str:
-        return f"{self.op} {self.case}, {self.against}"
 
 
 GOALS = (
@@ -80,18 +63,6 @@ GOALS = (
 )
 
 
-class Measured(NamedTuple):
-    """A goal and what the rows say about it; value None: unmeasured."""
-
-    goal: Goal
-    value: float | None
-    rival: str
-
-    @property
-    def met(self) -> str:
-        return "unmeasured" if self.value is None else "yes" if self.value >= self.goal.must else "no"
-
-
 def goals(rows: Iterable[Row]) -> list[Measured]:
     """Each goal from the newest cold rows; against a group, its best style that gave a right answer."""
     newest: dict[tuple[str, ...], Row] = {}
@@ -108,20 +79,6 @@ def goals(rows: Iterable[Row]) -> list[Measured]:
             found = [(r["ratio"], r["variant"]) for r in against]
         figures = [(value, rival) for value, rival in found if value is not None]
         made.append(Measured(goal, *min(figures, default=(None, ""))))
-    return made
-
-
-def goal_table(measured: Iterable[Measured]) -> list[list[str]]:
-    """id, what, must, aim, measured, met: as printed and as in the README."""
-
-    def figure(goal: Goal, value: float | None) -> str:
-        return "unmeasured" if value is None else f"{100 * value:.0f} %" if goal.against == "copy" else f"{value:.2f} x"
-
-    made = []
-    for m in measured:
-        what = f"{m.goal.text}{f' ({m.rival})' if m.rival and m.rival != m.goal.against else ''}"
-        wanted = [figure(m.goal, v) for v in (m.goal.must, m.goal.aim)]
-        made.append([m.goal.id, what, *wanted, figure(m.goal, m.value), m.met])
     return made
 
 
@@ -379,14 +336,6 @@ def bad(row: Row) -> bool:
 # ---- two files of rows ------------------------------------------------------------------------------------------------------
 
 
-class Comparison(NamedTuple):
-    """worse: sentences, the worst first; missing: cases of the old file that the new rows lack; pairs: how many were compared."""
-
-    worse: list[str]
-    missing: list[str]
-    pairs: int
-
-
 def _timed(rows: Iterable[Row]) -> dict[tuple[str, ...], Row]:
     wanted = (r for r in rows if r.get("kind") == "time" and r.get("ms") is not None)
     return {(r["op"], r["shape"], r["dtype"], r["l2"], r["variant"]): r for r in wanted}
@@ -398,21 +347,8 @@ def devices(rows: Iterable[Row]) -> set[str]:
 
 
 def compare(old: Iterable[Row], new: Iterable[Row], tolerance: float) -> Comparison:
-    """How much faster ours is than each rival, now and before: both figures are ratios within one run, so clocks cancel."""
-    before, now = _timed(old), _timed(new)
-    worse, missing = [], []
-    pairs = 0
-    for key, row in before.items():
-        op, shape, dtype, l2, variant = key
-        what = f"{op} {shape} {dtype} {l2} against {variant}"
-        if key not in now:
-            missing.append(what)
-        elif variant != "ours" and row["against"] == now[key]["against"] == "ours":
-            pairs += 1
-            change = now[key]["ratio"] / row["ratio"]
-            if change < 1 - tolerance:
-                worse.append((change, f"{what}: {row['ratio']:.2f} x before, {now[key]['ratio']:.2f} x now"))
-    return Comparison([text for _, text in sorted(worse)], missing, pairs)
+    """How much faster ours is than each rival, now and before."""
+    return lost_ground(_timed(old), _timed(new), tolerance)
 
 
 def main() -> None:
