@@ -21,6 +21,10 @@ from .distill_graph import rank as rank
 from .fuse_conv import fuse_conv as fuse_conv
 from .fuse_conv import fuse_conv_reference as fuse_conv_reference
 from .fuse_conv import plan_table as plan_table
+from .guard import GuardState as GuardState
+from .guard import Verdict as Verdict
+from .guard import guard as guard
+from .guard import guard_reference as guard_reference
 from .sgd_flat import FlatParameters as FlatParameters
 from .sgd_flat import FlatSGD as FlatSGD
 from .sgd_flat import sgd_flat as sgd_flat

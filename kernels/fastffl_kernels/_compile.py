@@ -147,7 +147,7 @@ def wrong(case: Case, capability: int, r: Report) -> list[str]:
     return [f"{case.name} on sm_{capability}: {text}" for text in said]
 
 
-OPS = ("distill_graph", "fuse_conv", "bn_act", "augment", "sgd_flat")
+OPS = ("distill_graph", "fuse_conv", "bn_act", "augment", "guard", "sgd_flat")
 
 
 def cases(op: str) -> list[Case]:

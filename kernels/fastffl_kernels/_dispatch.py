@@ -3,6 +3,8 @@
 FASTFFL_KERNELS=auto       Triton where the tensor is on CUDA and the op has a Triton path, the reference elsewhere
 FASTFFL_KERNELS=triton     Triton or an error
 FASTFFL_KERNELS=reference  plain torch everywhere
+
+Tensors on "meta" have shapes and no data: the Triton path gives shapes too, so that its launches can be counted without a GPU.
 """
 
 import os
@@ -63,7 +65,7 @@ def triton_path(op: str, x: Tensor) -> Callable[..., Any] | None:
         return None
     if not HAS_TRITON:
         raise ValueError(f"FASTFFL_KERNELS=triton: {op} needs the package triton, which is not installed: pip install triton")
-    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if x.device.type not in ("cuda", "meta") and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f"FASTFFL_KERNELS=triton: {op} got a tensor on {x.device.type}; Triton needs CUDA (or TRITON_INTERPRET=1, which "
             "interprets kernels on the CPU); use auto or reference"
