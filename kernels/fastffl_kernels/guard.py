@@ -31,7 +31,7 @@ class GuardState(NamedTuple):
     rows: Tensor  # () int64
     scale: Tensor | None = None  # () fp32, the loss scale
     good: Tensor | None = None  # () int64, good steps since the scale last grew or fell
-    count: Tensor | None = None  # () fp32, updates of the moving average
+    count: Tensor | None = None  # type: ignore[assignment]  # () fp32, updates of the average; hides tuple.count
 
 
 class Verdict(NamedTuple):

@@ -29,8 +29,9 @@ def terms(H: int, E: int, N: int) -> int:
 
 
 @triton.jit
-def _finite(x):
-    return tl.abs(x) < float("inf")
+def _wild(x):
+    """NaN or infinite."""
+    return (x != x) | (tl.abs(x) == float("inf"))
 
 
 @triton.jit
@@ -44,10 +45,10 @@ def _sum_squares(grads, start, stop, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _add_terms(total, x, index, size, rows, ok):
+def _add_terms(total, x, index, size, rows, skip):
     """total += x rows, product in fp32 and sum in fp64, as the meters have it."""
     inside = index < size
-    gained = tl.where(ok, x * rows.to(tl.float32), 0.0)
+    gained = tl.where(skip, 0.0, x * rows.to(tl.float32))
     tl.store(total + index, tl.load(total + index, mask=inside, other=0.0) + gained.to(tl.float64), mask=inside)
 
 
@@ -61,27 +62,26 @@ def _decide(
     hard = tl.load(ce + index, mask=index < H, other=0.0)
     soft = tl.load(kl + index, mask=index < E, other=0.0)
     value = tl.load(loss)
-    bad_hard, bad_soft = _finite(hard) == 0, _finite(soft) == 0
-    bad_loss = (tl.max((bad_hard | bad_soft).to(tl.int32), 0) > 0) | (_finite(value) == 0)
-    bad_norm = _finite(norm) == 0
+    bad_hard, bad_soft, bad_norm = _wild(hard), _wild(soft), _wild(norm)
+    bad_loss = (tl.max((bad_hard | bad_soft).to(tl.int32), 0) > 0) | _wild(value)
     run = tl.load(streak)
     old = 1.0
     if scale is not None:
         old = tl.load(scale)
     tl.debug_barrier()
     halted = run >= limit
-    bad_step = bad_loss | bad_norm
-    ok = (bad_step | halted) == 0
-    blame = bad_step
+    blame = bad_loss | bad_norm
+    skip = blame | halted
+    one = tl.where(skip, 0, 1)
     factor = 1.0
     if scale is not None:
         blame = bad_loss | (bad_norm & (old <= FLOOR))
         factor = tl.div_rn(1.0, old)
-    first = blame & (run == 0)
-    tl.store(bad + index, bad_hard.to(tl.uint8), mask=(index < H) & first)
-    tl.store(bad + H + index, bad_soft.to(tl.uint8), mask=(index < E) & first)
-    tl.store(bad + H + E, bad_norm.to(tl.uint8), mask=first)
-    tl.store(skipped, tl.load(skipped) + (ok == 0).to(tl.int64))
+    if blame & (run == 0):
+        tl.store(bad + index, bad_hard.to(tl.uint8), mask=index < H)
+        tl.store(bad + H + index, bad_soft.to(tl.uint8), mask=index < E)
+        tl.store(bad + H + E, bad_norm.to(tl.uint8))
+    tl.store(skipped, tl.load(skipped) + (1 - one))
     tl.store(streak, tl.where(halted, run, tl.where(blame, run + 1, 0)))
     if clip is not None:
         shrink = tl.div_rn(1.0, norm * factor + 1e-6) * clip
@@ -89,26 +89,26 @@ def _decide(
     if scale is not None:
         steps = tl.load(good) + 1
         full = steps >= EVERY
-        moved = tl.where(ok, tl.where(full, old * 2.0, old), tl.maximum(old * 0.5, FLOOR))
+        moved = tl.where(skip, tl.maximum(old * 0.5, FLOOR), tl.where(full, old * 2.0, old))
         tl.store(scale, tl.where(halted, old, moved))
-        tl.store(good, tl.where(halted, steps - 1, tl.where(ok & (full == 0), steps, 0)))
+        tl.store(good, tl.where(halted, steps - 1, tl.where(skip | full, 0, steps)))
     part = 1.0
     if count is not None:
         n = tl.load(count)
-        part = (1.0 - tl.minimum(tl.div_rn(1.0 + n, 10.0 + n), decay)) * ok.to(tl.float32)
-        tl.store(count, n + ok.to(tl.float32))
-    tl.store(ok_out, ok.to(tl.uint8))
-    tl.store(found_inf, (ok == 0).to(tl.float32))
+        part = (1.0 - tl.minimum(tl.div_rn(1.0 + n, 10.0 + n), decay)) * one.to(tl.float32)
+        tl.store(count, n + one.to(tl.float32))
+    tl.store(ok_out, one.to(tl.uint8))
+    tl.store(found_inf, (1 - one).to(tl.float32))
     tl.store(factor_out, factor)
     tl.store(blend, part)
     given = tl.load(rows)
-    _add_terms(term_sum, hard, index, H, given, ok)
-    _add_terms(term_sum + H, soft, index, E, given, ok)
-    gained = tl.where(ok, value * given.to(tl.float32), 0.0)
+    _add_terms(term_sum, hard, index, H, given, skip)
+    _add_terms(term_sum + H, soft, index, E, given, skip)
+    gained = tl.where(skip, 0.0, value * given.to(tl.float32))
     tl.store(loss_sum, tl.load(loss_sum) + gained.to(tl.float64))
-    hits = tl.load(top1 + index, mask=index < N, other=0) * ok.to(tl.int64)
+    hits = tl.load(top1 + index, mask=index < N, other=0) * one
     tl.store(top1_sum + index, tl.load(top1_sum + index, mask=index < N, other=0) + hits, mask=index < N)
-    tl.store(rows_sum, tl.load(rows_sum) + given * ok.to(tl.int64))
+    tl.store(rows_sum, tl.load(rows_sum) + given * one)
 
 
 @triton.jit
