@@ -128,7 +128,7 @@ def train(
         from .train.progress import Progress
 
         where = plan(chosen)
-        images = source(chosen.data, Place(where.device, where.memory_format))
+        images = source(chosen.data, Place(where.device, where.memory_format, where.images))
         learner = Learner.build(chosen, len(images.classes), images.channels, images.size)
         progress = Progress()
         _introduce(chosen, images, learner, where.text, progress.line)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fastffl_kernels import rank
 
@@ -14,18 +15,55 @@ if TYPE_CHECKING:
     from .train.learner import Learner
 
 
-@torch.no_grad()
+class Scorer:
+    """Sums over batches, on the device: how often every vote of a learner was right, and its loss."""
+
+    def __init__(self, learner: "Learner"):
+        device = next(learner.parameters()).device
+        self.learner, self.votes = learner, learner.graph.scored
+        self.counts = torch.zeros(2, len(self.votes), dtype=torch.int64, device=device)
+        self.nll = torch.zeros(len(self.votes), dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Count a batch, x (B, channels, S, S), y (B,). The host reads nothing; the learner is in eval mode."""
+        for k, z in enumerate(self.learner.votes(x).values()):
+            place = rank(z, y)
+            self.counts[0, k] += (place < 1).sum()
+            self.counts[1, k] += (place < 5).sum()
+            self.nll[k] -= z.log_softmax(1).gather(1, y[:, None]).sum()
+
+    def clear(self) -> None:
+        self.counts.zero_()
+        self.nll.zero_()
+
+    def read(self, seen: int) -> dict[str, dict[str, Any]]:
+        """What the `seen` samples gave."""
+        share = (100 * self.counts / seen).tolist()
+        loss = (self.nll / seen).tolist()
+        found = enumerate(self.votes)
+        return {v: {"top1": share[0][k], "top5": share[1][k], "nll": loss[k], "samples": seen} for k, v in found}
+
+
 def evaluate(
-    learner: "Learner", data: Source, split: str = "val", batch_size: int = 250, check: Callable[[], None] | None = None
+    learner: "Learner",
+    data: Source,
+    split: str = "val",
+    batch_size: int = 250,
+    check: Callable[[], None] | None = None,
+    *,
+    scorer: Scorer | None = None,
+    add: Callable[[Tensor, Tensor], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """`{vote: {"top1": %, "top5": %, "nll": nats, "samples": n}}`; sums stay on the device, one host read at the end.
 
-    check   called before every batch; may raise to stop
+    check    called before every batch; may raise to stop
+    scorer   keeps the sums, and `add` counts a batch in its place: for the trainer, which captures it
     """
-    device = next(learner.parameters()).device
-    votes = learner.graph.scored
-    counts = torch.zeros(2, len(votes), dtype=torch.int64, device=device)
-    nll = torch.zeros(len(votes), dtype=torch.float64, device=device)
+    scorer = scorer or Scorer(learner)
+    add = add or scorer.add
+    device = scorer.nll.device
+    scorer.clear()
     seen = 0
     was = learner.training
     learner.eval()
@@ -35,15 +73,9 @@ def evaluate(
                 check()
             x, y = batch.x.to(device), batch.y.to(device)
             seen += len(y)
-            for k, z in enumerate(learner.votes(x).values()):
-                place = rank(z, y)
-                counts[0, k] += (place < 1).sum()
-                counts[1, k] += (place < 5).sum()
-                nll[k] -= z.log_softmax(1).gather(1, y[:, None]).sum()
+            add(x, y)
     finally:
         learner.train(was)
     if seen != data.samples(split):
         raise DataError(f"{data.name} {split} gave {seen} of {data.samples(split)} samples; refusing to report accuracy")
-    share = (100 * counts / seen).tolist()
-    loss = (nll / seen).tolist()
-    return {v: {"top1": share[0][k], "top5": share[1][k], "nll": loss[k], "samples": seen} for k, v in enumerate(votes)}
+    return scorer.read(seen)

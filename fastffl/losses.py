@@ -17,7 +17,7 @@ class GraphLoss(nn.Module):
     `ramp` is w(e), a 0-d device tensor, so that a captured step can change it.
     """
 
-    weight_E: Tensor
+    fixed_E: Tensor
     ramped_E: Tensor
 
     def __init__(self, graph: Graph):
@@ -29,12 +29,12 @@ class GraphLoss(nn.Module):
         self.means = tuple(tuple(at[n] for n in members) for members in graph.means.values())
         weights = torch.tensor([e.weight for e in graph.edges], dtype=torch.float32)
         ramped = torch.tensor([e.ramp for e in graph.edges], dtype=torch.bool)
-        self.register_buffer("weight_E", weights, persistent=False)
-        self.register_buffer("ramped_E", ramped, persistent=False)
+        self.register_buffer("fixed_E", weights * ~ramped, persistent=False)
+        self.register_buffer("ramped_E", weights * ramped, persistent=False)
 
     def forward(self, peers: Peers, made: Mapping[str, Tensor], labels: Tensor, ramp: Tensor) -> GraphOut:
         nodes = (*peers.z, *(made[name] for name in self.graph.made))
-        weights = self.weight_E * torch.where(self.ramped_E, ramp, 1.0)
+        weights = torch.addcmul(self.fixed_E, self.ramped_E, ramp)
         return distill_graph(nodes, labels, self.hard, self.edges, weights, self.means, check=False)  # data sets check theirs
 
 

@@ -138,6 +138,10 @@ class Run(Section):
     """stop after so many optimizer steps; None: after the last epoch"""
     log_every: int = Field(50, ge=1)
     """steps between two reads of the device's meters"""
+    graph: Literal["auto", "off"] = "auto"
+    """auto: on CUDA the whole step is captured as one graph, where that is possible; off: operation by operation"""
+    streams: Literal["auto", "on", "off"] = "auto"
+    """peers side by side inside the graph; auto: measured against one after the other, the faster is kept"""
     loggers: tuple[Literal["tb", "wandb"], ...] = ()
     """also send every row to TensorBoard (RUN/tb) or Weights & Biases"""
     save_every: int = Field(1, ge=1)
@@ -189,6 +193,8 @@ FREE = {
     "run.loggers",
     "run.save_every",
     "run.threads",
+    "run.graph",
+    "run.streams",
     "data.root",
     "data.workers",
 }

@@ -56,7 +56,7 @@ def open_run(path: str, *, which: str = "last", root: str | None = None, device:
         )
     opened = None
     if data:
-        opened = source(recipe.data, Place(where.device, where.memory_format))
+        opened = source(recipe.data, Place(where.device, where.memory_format, where.images))
         if list(opened.classes) != classes:
             raise CheckpointError(
                 f"{path} was trained on other classes than those of {opened.name}; give its data with --data DIR"

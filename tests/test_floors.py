@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"fastffl_kernels"},
-    {"errors", "values", "recipe", "__init__"},
+    {"errors", "values", "recipe", "streams", "__init__"},
     {"nets", "fusion", "data", "losses"},
     {"methods"},
     {"train", "evaluation", "exporting"},

@@ -115,7 +115,7 @@ class Resident:
         return len(self._y[held_split(split, "val" in self._y)])
 
     def _normal(self, x: Tensor) -> Tensor:
-        return x.to(torch.float32).mul_(self._scale).add_(self._shift)
+        return x.to(torch.float32).mul_(self._scale).add_(self._shift).to(self._place.dtype)
 
     def train(self, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
         x, y = self._x["train"], self._y["train"]
@@ -132,7 +132,13 @@ class Resident:
                 self._clock = (seed, epoch), self._clock[1]
             last = self._place.memory_format == torch.channels_last
             made = augment(
-                x, at, *self._clock[1], size=self.size, mean=self.mean, std=self.std, flip=self.flip, channels_last=last
+                *(x, at, *self._clock[1]),
+                size=self.size,
+                mean=self.mean,
+                std=self.std,
+                flip=self.flip,
+                dtype=self._place.dtype,
+                channels_last=last,
             )
             return Batch(made.x[0], y, at)
         span = 2 * self.pad + 1

@@ -22,6 +22,7 @@ class Place:
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     memory_format: torch.memory_format = torch.contiguous_format
+    dtype: torch.dtype = torch.float32  # of images that are made on the device; others come as fp32
 
 
 class Source(Protocol):

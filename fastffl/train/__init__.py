@@ -14,8 +14,9 @@ from .device import plan
 from .learner import Learner as Learner
 from .loggers import Loggers
 from .loop import Result as Result
-from .loop import Trainer, seed_all
+from .loop import Trainer
 from .progress import Progress
+from .randomness import seed_all
 from .rundir import RunDir, environment, fresh, numbered
 
 

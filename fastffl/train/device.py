@@ -19,6 +19,11 @@ class Plan:
     memory_format: torch.memory_format
     text: str
 
+    @property
+    def images(self) -> torch.dtype:
+        """What images are made in: on CUDA half precision where autocast would round them to it once per peer."""
+        return self.dtype if self.dtype is not None and self.device.type == "cuda" else torch.float32
+
 
 def has_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bf16 itself."""

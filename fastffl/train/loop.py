@@ -1,26 +1,25 @@
 """Trainer: epochs, evaluation, checkpoints, signals. One loop for every method, data set and device."""
 
 import json
-import random
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..data import Source
-from ..data.rng import mix
 from ..errors import CheckpointError, DataError, DiskError, Interrupted
-from ..evaluation import evaluate
 from ..recipe import Recipe, differences
+from ..streams import Streams, ahead
 from ..values import Batch
 from . import checkpoint, optim, schedule
 from .device import Plan
+from .graph import Evaluator, Stepper, computing
 from .learner import Learner
 from .progress import Progress
+from .randomness import rng_state, set_rng_state
 from .rundir import RunDir
 from .signals import Stopper
 from .step import Step
@@ -46,39 +45,10 @@ class Result:
     results: dict[str, dict[str, Any]]
     digest: str
     skipped: int
+    peak_bytes: int | None  # device memory allocated at most, None where that is not the device's
 
     def json_text(self) -> str:
         return json.dumps(asdict(self))
-
-
-def rng_state() -> dict[str, Any]:
-    """Every random-number state a resumed run needs, as tensors and scalars."""
-    kind, keys, at, has, cached = np.random.get_state(legacy=True)
-    assert kind == "MT19937"
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": torch.tensor(random.getstate()[1], dtype=torch.int64),
-        "python_gauss": random.getstate()[2],
-        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
-        "numpy_rest": [int(at), int(has), float(cached)],
-    }
-
-
-def seed_all(seed: int) -> None:
-    """Start every generator of a new run from one seed."""
-    torch.manual_seed(mix(seed, 1))
-    random.seed(mix(seed, 2))
-    np.random.seed(mix(seed, 3) & 0xFFFFFFFF)
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
-    random.setstate((3, tuple(state["python"].tolist()), state["python_gauss"]))
-    at, has, cached = state["numpy_rest"]
-    np.random.set_state(("MT19937", state["numpy"].cpu().numpy().astype(np.uint32), at, has, cached))
 
 
 class Trainer:
@@ -90,6 +60,10 @@ class Trainer:
         learner.place(plan)
         self.optimizer = optim.build(learner, recipe.optim)
         self.step = Step(learner, self.optimizer, recipe, plan.device)
+        graph = recipe.run.graph == "auto"
+        self.stepper = Stepper(self.step, plan, streams=recipe.run.streams, graph=graph, say=self._say)
+        self.evaluator = Evaluator(self.step, plan, graph=graph)
+        self.streams = Streams(plan.device) if plan.device.type == "cuda" else None
         self.batch_size = recipe.data.batch_size
         self.steps = -(-data.samples("train") // self.batch_size)  # per epoch, the short last batch included
         self.epoch, self.batch, self.count = 0, 0, 0  # position: the next batch, and optimizer steps done
@@ -175,6 +149,14 @@ class Trainer:
 
     def fit(self) -> Result:
         """Train from the present position to the end. Interrupted after SIGINT or SIGTERM, with everything saved."""
+        with computing(self.plan.device):
+            try:
+                return self._fit()
+            finally:
+                self.stepper.close()
+                self.evaluator.close()
+
+    def _fit(self) -> Result:
         skipped = 0
         self.progress.begin(self.steps * self.recipe.sched.epochs, self.count)
         try:
@@ -227,9 +209,10 @@ class Trainer:
         def tick() -> None:
             self.seconds = seconds + time.perf_counter() - begin
 
-        for batch in self._timed(self.data.train(self.batch_size, run.seed, self.epoch, self.batch)):
+        batches = self.data.train(self.batch_size, run.seed, self.epoch, self.batch)
+        for batch in self._timed(ahead(batches, self.streams, self._put)):
             self.step.rate(schedule.rate(sched, self.recipe.optim, self.epoch, self.batch, self.steps))
-            self.step(self._put(batch))
+            self.stepper(batch)
             self.batch += 1
             self.count += 1
             self.images += len(batch.y)
@@ -280,12 +263,10 @@ class Trainer:
 
     def _put(self, batch: Batch) -> Batch:
         x = batch.x.to(self.plan.device, memory_format=self.plan.memory_format, non_blocking=True)
-        return Batch(x, batch.y.to(self.plan.device, non_blocking=True), batch.id)
+        return Batch(x.to(self.plan.images), batch.y.to(self.plan.device, non_blocking=True), batch.id)
 
     def _score(self, stop: Stopper) -> dict[str, dict[str, Any]]:
-        model = self.step.average.model if self.step.average else self.learner
-        model.amp_dtype = self.plan.dtype
-        return evaluate(model, self.data, "val", self.recipe.data.eval_batch_size, lambda: self._stop(stop))
+        return self.evaluator(self.data, self.recipe.data.eval_batch_size, lambda: self._stop(stop))
 
     def _evaluate(self, stop: Stopper) -> tuple[dict[str, dict[str, Any]], bool]:
         """Score every vote after an epoch; whether the shipped one is better than ever."""
@@ -307,6 +288,11 @@ class Trainer:
         self.run.row({"epoch": self.epoch + bool(self.batch), "step": self.count, "val": scored, "stopped_early": True})
         self.early = {v: score["top1"] for v, score in scored.items()}
 
+    def _say(self, text: str) -> None:
+        """A line for people, which the log keeps."""
+        self.progress.line(text)
+        self.run.log(text)
+
     def _tell(self, row: dict[str, Any]) -> None:
         scored = "  ".join(f"{v} {s['top1']:.2f}" for v, s in row.get("val", {}).items())
         skipped = f"  skipped {row['skipped']}" if row["skipped"] else ""
@@ -314,8 +300,7 @@ class Trainer:
             f"epoch {row['epoch']}/{self.recipe.sched.epochs}  loss {row['loss']:.3f}  lr {row['lr']:.4g}  {scored}  "
             f"{row['img_s']:,.0f} img/s  data {100 * row['data_wait']:.1f} %{skipped}"
         )
-        self.progress.line(text)
-        self.run.log(text)
+        self._say(text)
 
     def _result(self, skipped: int) -> Result:
         results = {}
@@ -339,4 +324,5 @@ class Trainer:
             results=results,
             digest=self.digest(),
             skipped=skipped,
+            peak_bytes=torch.cuda.max_memory_allocated(self.plan.device) if self.plan.device.type == "cuda" else None,
         )

@@ -1,11 +1,24 @@
-"""The optimizer of a learner: parameter groups with their own weight decay, fused where torch has it."""
+"""The optimizer of a learner: parameter groups with their own weight decay, fused where torch has it, flat on a GPU.
+
+On a GPU all parameters lie in one buffer: one launch updates them and writes the half-precision weights that the next forward
+computes with, so that no step casts a weight. On a CPU torch's own fused optimizers are faster (one pass, no chunks).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fastffl_kernels.sgd_flat import FlatParameters, FlatSGD
+
 from ..recipe import Optim
 from .learner import Learner
+
+# what autocast computes in half precision with weights of its own; other classes may read theirs in fp32
+LOWERED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 
 
 def groups(learner: Learner, optim: Optim) -> list[dict[str, object]]:
@@ -32,14 +45,43 @@ def groups(learner: Learner, optim: Optim) -> list[dict[str, object]]:
     return made
 
 
-def build(learner: Learner, optim: Optim) -> Optimizer:
-    """SGD or AdamW, fused. Its `found_inf` attribute, set by the step, makes it skip on the device."""
+class FlatAdamW(torch.optim.AdamW):
+    """torch's fused AdamW over parameters that lie in one buffer; the shadows are written after it."""
+
+    def __init__(self, parts: list[dict[str, Any]], lr: float, shadow: torch.dtype | None):
+        cuda = all(p.is_cuda for part in parts for p in part["params"])
+        super().__init__(parts, lr=lr, fused=True, capturable=cuda)
+        members = [(p, k) for k, group in enumerate(self.param_groups) for p in group["params"]]
+        self.flat = FlatParameters([p for p, _ in members], [k for _, k in members], shadow)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        self.flat.adopt()
+        loss = super().step(closure)
+        self.flat.refresh()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.flat.refresh()
+
+
+def build(learner: Learner, optim: Optim, flat: bool | None = None) -> Optimizer:
+    """SGD or AdamW. Its `found_inf` attribute, set by the step, makes it skip on the device.
+
+    flat   parameters in one buffer, `.flat` of the optimizer, with shadows in the learner's half precision; None: not on a CPU
+    """
     parts = groups(learner, optim)
+    if flat is None:
+        flat = next(learner.parameters()).device.type != "cpu"
+    nesterov = optim.nesterov and optim.momentum > 0
+    if flat and optim.name == "adamw":
+        return FlatAdamW(parts, optim.lr, learner.amp_dtype)
+    if flat:
+        return FlatSGD(parts, lr=optim.lr, momentum=optim.momentum, nesterov=nesterov, shadow=learner.amp_dtype)
     if optim.name == "adamw":
         return torch.optim.AdamW(parts, lr=optim.lr, fused=True)
-    made = torch.optim.SGD(
-        parts, lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov and optim.momentum > 0, fused=True
-    )
+    made = torch.optim.SGD(parts, lr=optim.lr, momentum=optim.momentum, nesterov=nesterov, fused=True)
     if optim.momentum:
         # torch (2.11 to 2.15) allocates fused momentum by empty_like on the first step and takes it as written even
         # where that step is skipped: the next step then reads garbage. Zeros are exact, as dampening is 0.
@@ -47,3 +89,32 @@ def build(learner: Learner, optim: Optim) -> Optimizer:
             for p in group["params"]:
                 made.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
     return made
+
+
+class Lowered:
+    """`with lowered():` the convolutions and linear layers of a net compute with their half-precision shadows.
+
+    Values and gradients are those of autocast, which would cast the same weights in every step. Outside the block the net
+    holds its fp32 parameters: what is saved, averaged and exported knows nothing of this.
+    """
+
+    def __init__(self, net: nn.Module, flat: FlatParameters):
+        layers = [m for m in net.modules() if type(m) in LOWERED]
+        found = [(m._parameters, name, p) for m in layers for name, p in m._parameters.items() if p is not None]
+        leaves = flat.lower(p for _, _, p in found) if flat.shadow is not None else {}
+        self._slots = [(slot, name, p, leaves[p]) for slot, name, p in found if p in leaves]
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        try:
+            for slot, name, _, leaf in self._slots:
+                slot[name] = leaf
+            yield
+        finally:
+            for slot, name, p, _ in self._slots:
+                slot[name] = p
+
+
+def flat_of(optimizer: Optimizer) -> FlatParameters | None:
+    """The buffers of a flat optimizer."""
+    return getattr(optimizer, "flat", None)

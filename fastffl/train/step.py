@@ -6,6 +6,7 @@ that of the last finite step when the host next looks.
 """
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,12 +15,17 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from fastffl_kernels import GuardState, Verdict, guard
+from fastffl_kernels.sgd_flat import FlatParameters, FlatSGD
+
 from ..errors import NumericsError
 from ..recipe import Recipe
 from ..values import Batch
 from .learner import Learner
+from .optim import Lowered, flat_of
 
 LIMIT = 10  # non-finite steps in a row
+HOW = ("fused", "foreach", "capturable")  # options of an optimizer that say how it computes, not what
 
 
 class NormBuffers:
@@ -50,45 +56,48 @@ class NormBuffers:
 
 
 class Scaler:
-    """Loss scale for fp16: halves on overflow, doubles after 2,000 good steps, never below 1. Lives on the device."""
-
-    FLOOR, EVERY = 1.0, 2000
+    """Loss scale for fp16, on the device: halves on overflow, doubles after 2,000 good steps, never below 1 (`guard` does it)."""
 
     def __init__(self, device: torch.device, start: float = 65536.0):
         self.scale = torch.tensor(start, device=device)
         self.good = torch.zeros((), dtype=torch.int64, device=device)
-
-    def update(self, ok: Tensor, halted: Tensor) -> None:
-        full = self.good + 1 >= self.EVERY
-        grown = torch.where(full, self.scale * 2, self.scale)
-        scale = torch.where(ok, grown, (self.scale / 2).clamp(min=self.FLOOR))
-        self.scale.copy_(torch.where(halted, self.scale, scale))
-        self.good.copy_(torch.where(halted, self.good, torch.where(ok & ~full, self.good + 1, 0)))
 
     def state(self) -> dict[str, Tensor]:
         return {"scale": self.scale, "good": self.good}
 
 
 class Average:
-    """Exponential moving average of a learner: a <- a + (1 - d) (w - a), d = min(decay, (1 + n) / (10 + n)); buffers copied."""
+    """Exponential moving average of a learner: a <- a + (1 - d) (w - a), d = min(decay, (1 + n) / (10 + n)); buffers copied.
 
-    def __init__(self, learner: Learner, decay: float):
+    flat   the learner's parameters where they lie in one buffer: the average's then do, too
+    """
+
+    def __init__(self, learner: Learner, decay: float, flat: FlatParameters | None = None):
         self.model = copy.deepcopy(learner).requires_grad_(False).eval()
         self.decay = decay
-        device = next(learner.parameters()).device
-        self.count = torch.zeros((), device=device)
+        self.count = torch.zeros((), device=next(learner.parameters()).device)
         self.buffers = NormBuffers(self.model)
-        self._mine: list[Tensor] = list(self.model.parameters())
-        self._theirs: list[Tensor] = list(learner.parameters())
+        self._whole = flat is not None
+        pairs = list(zip(self.model.parameters(), learner.parameters(), strict=True))
+        if flat is None:
+            self._mine, self._theirs = [list(side) for side in zip(*pairs, strict=True)]
+            return
+        whole = torch.zeros_like(flat.p)
+        of: dict[Tensor, Tensor] = {p: mine for mine, p in pairs}
+        for k, p in enumerate(flat.params):  # parameters that are not trained stay as they are
+            of[p].data = flat.view(whole, k).copy_(p.detach())
+        self._mine, self._theirs = [whole], [flat.p]
 
     @torch.no_grad()
-    def update(self, buffers: NormBuffers, ok: Tensor) -> None:
-        d = torch.minimum((1 + self.count) / (10 + self.count), torch.full_like(self.count, self.decay))
-        part = torch._foreach_sub(self._theirs, self._mine)
-        torch._foreach_mul_(part, (1 - d) * ok)
+    def update(self, buffers: NormBuffers, blend: Tensor) -> None:
+        """blend   () fp32, 1 - d, or 0 after a step that changed nothing"""
         # where a skipped step left non-finite gradients the weights are finite all the same, so 0 * part is 0
-        torch._foreach_add_(self._mine, part)
-        self.count.add_(ok)
+        if self._whole:
+            self._mine[0].lerp_(self._theirs[0], blend)
+        else:
+            part = torch._foreach_sub(self._theirs, self._mine)
+            torch._foreach_mul_(part, blend)
+            torch._foreach_add_(self._mine, part)
         self.buffers.follow(buffers)
 
 
@@ -101,12 +110,6 @@ class Meters:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.top1 = torch.zeros(len(self.nodes), dtype=torch.int64, device=device)
         self.rows = torch.zeros((), dtype=torch.int64, device=device)
-
-    def add(self, loss: Tensor, terms: Tensor, top1: Tensor, rows: Tensor, ok: Tensor) -> None:
-        self.term_sum += torch.where(ok, terms * rows, 0)
-        self.loss_sum += torch.where(ok, loss * rows, 0)
-        self.top1 += top1 * ok
-        self.rows += rows * ok
 
     def state(self) -> dict[str, Tensor]:
         return {"term_sum": self.term_sum, "loss_sum": self.loss_sum, "top1": self.top1, "rows": self.rows}
@@ -125,82 +128,121 @@ class Meters:
 
 
 class Step:
-    """step(batch): one update of `learner`. `rate(lr)` and `ramp(w)` set the schedules' values before it."""
+    """step(batch): one update of `learner`. `rate(lr)` and `ramp(w)` set the schedules' values before it.
+
+    `update(x, y)` is all that the device does in a step, and nothing else: what a CUDA graph captures.
+    """
 
     def __init__(self, learner: Learner, optimizer: Optimizer, recipe: Recipe, device: torch.device):
         self.learner, self.optimizer = learner, optimizer
         self.device, self.clip, self.accum = device, recipe.optim.clip, recipe.optim.accum
         self.params = [p for g in optimizer.param_groups for p in g["params"]]
+        self.flat = flat_of(optimizer)
+        self.lowered = Lowered(learner, self.flat) if self.flat else nullcontext
         self.buffers = NormBuffers(learner)
         self.scaler = Scaler(device) if learner.amp_dtype == torch.float16 else None
-        self.average = Average(learner, recipe.ema.decay) if recipe.ema.decay else None
+        self.average = Average(learner, recipe.ema.decay, self.flat) if recipe.ema.decay else None
         self.meters = Meters(learner, device)
-        self.w = torch.ones((), device=device)
+        self.w, self.one = torch.ones((), device=device), torch.ones((), device=device)
+        self.lr = torch.full((), recipe.optim.lr, device=device)
         self.names = (*learner.graph.terms, "gradient")
         self.streak = torch.zeros((), dtype=torch.int64, device=device)  # non-finite steps in a row
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # all steps that changed nothing
         self.bad = torch.zeros(len(self.names), dtype=torch.bool, device=device)  # terms of the streak's first step
+        self._set = {"lr": recipe.optim.lr, "w": 1.0}  # what the device holds
+        if self.flat:
+            self._share_rate()
+
+    def _share_rate(self) -> None:
+        """One device value as the rate of all groups: a replayed graph reads it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
 
     def ramp(self, w: float) -> None:
-        self.w.fill_(w)
+        if w != self._set["w"]:
+            self.w.fill_(w)
+            self._set["w"] = w
 
     def rate(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        if self.flat is None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+        elif lr != self._set["lr"]:
+            self.lr.fill_(lr)
+            self._set["lr"] = lr
 
     def __call__(self, batch: Batch) -> None:
+        self.update(batch.x, batch.y)
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """One step on x (B, channels, S, S) and y (B,). All it leaves behind is in tensors that outlive it."""
         saved = self.buffers.save()
-        loss, terms, top1, rows = self._gradients(batch)
+        loss, ce, kl, top1, rows = self._gradients(x, y)
         with torch.no_grad():
-            grads = [p.grad for p in self.params if p.grad is not None]
-            norm = get_total_norm(grads)
-            finite = torch.isfinite(terms)
-            finite_loss = finite.all() & torch.isfinite(loss)
-            halted = self.streak >= LIMIT
-            ok = finite_loss & torch.isfinite(norm) & ~halted
-            self._count(finite, finite_loss, torch.isfinite(norm), halted)
-            factor = 1 / self.scaler.scale if self.scaler else None
-            if self.clip is not None:
-                true_norm = norm if factor is None else norm * factor
-                shrink = (self.clip / (true_norm + 1e-6)).clamp(max=1.0)
-                factor = shrink if factor is None else factor * shrink
-            if factor is not None:
-                torch._foreach_mul_(grads, factor)
-            self.optimizer.found_inf = (~ok).float()  # type: ignore[attr-defined]  # read by torch's fused optimizers
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.buffers.restore(saved, ok)
-            if self.scaler:
-                self.scaler.update(ok, halted)
+            verdict = self._judge(loss, ce, kl, top1, rows)
+            self._apply(verdict)
+            self.buffers.restore(saved, verdict.ok)
             if self.average:
-                self.average.update(self.buffers, ok)
-            self.meters.add(loss, terms, top1, rows, ok)
+                assert verdict.blend is not None
+                self.average.update(self.buffers, verdict.blend)
 
-    def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Backward over the accumulation parts; the batch's mean loss and terms, its counts."""
-        whole = len(batch.y)
+    def _gradients(self, x: Tensor, y: Tensor) -> list[Tensor]:
+        """Backward over the accumulation parts; the batch's mean loss, ce and kl, its top-1 counts and rows."""
+        up = self.one if self.scaler is None else self.scaler.scale
+        if self.accum == 1:
+            return self._part(x, y, up)
         sums: list[Tensor] | None = None
-        for x, y in zip(batch.x.chunk(self.accum), batch.y.chunk(self.accum), strict=True):
-            out = self.learner(x, y, self.w)
-            share = len(y) / whole
-            loss = out.loss if share == 1 else out.loss * share
-            (loss * self.scaler.scale if self.scaler else loss).backward()
-            with torch.no_grad():
-                terms = torch.cat([out.ce, out.kl])
-                part = [loss.detach(), terms if share == 1 else terms * share, out.top1, out.rows]
-                sums = part if sums is None else [a + b for a, b in zip(sums, part, strict=True)]
+        for part_x, part_y in zip(x.chunk(self.accum), y.chunk(self.accum), strict=True):
+            share = len(part_y) / len(y)
+            *means, top1, rows = self._part(part_x, part_y, up * share)
+            part = [*(m * share for m in means), top1, rows]
+            sums = part if sums is None else [a + b for a, b in zip(sums, part, strict=True)]
         assert sums is not None
-        return sums[0], sums[1], sums[2], sums[3]
+        return sums
 
-    def _count(self, finite: Tensor, finite_loss: Tensor, finite_norm: Tensor, halted: Tensor) -> None:
-        """Streak, skips and the terms to blame. An fp16 overflow of the gradient alone is the scaler's business."""
-        blame = ~finite_loss | ~finite_norm
-        if self.scaler:
-            blame = ~finite_loss | (~finite_norm & (self.scaler.scale <= self.scaler.FLOOR))
-        first = blame & (self.streak == 0)
-        self.bad.copy_(torch.where(first, torch.cat([~finite, (~finite_norm)[None]]), self.bad))
-        self.skipped += ~finite_loss | ~finite_norm | halted
-        self.streak.copy_(torch.where(halted, self.streak, torch.where(blame, self.streak + 1, 0)))
+    def _part(self, x: Tensor, y: Tensor, up: Tensor) -> list[Tensor]:
+        """Forward and backward; `up` is the gradient of the loss, given so that nothing is multiplied by it on the way."""
+        with self.lowered():
+            out = self.learner(x, y, self.w)
+        out.loss.backward(up)
+        if self.flat:
+            self.flat.adopt()  # part by part: half-precision gradients are summed in fp32
+        return [out.loss.detach(), out.ce, out.kl, out.top1, out.rows]
+
+    def _judge(self, loss: Tensor, ce: Tensor, kl: Tensor, top1: Tensor, rows: Tensor) -> Verdict:
+        """Whether the step counts, by what its gradients are multiplied, and the books."""
+        scale, good = (self.scaler.scale, self.scaler.good) if self.scaler else (None, None)
+        m, average = self.meters, self.average
+        state = GuardState(
+            streak=self.streak,
+            skipped=self.skipped,
+            bad=self.bad,
+            loss_sum=m.loss_sum,
+            term_sum=m.term_sum,
+            top1=m.top1,
+            rows=m.rows,
+            scale=scale,
+            good=good,
+            count=average.count if average else None,
+        )
+        by = {"grads": self.flat.g} if self.flat else {"norm": get_total_norm(self._grads())}
+        decay = average.decay if average else 0.0
+        return guard(loss, ce, kl, top1, rows, state, clip=self.clip, decay=decay, limit=LIMIT, **by)
+
+    def _grads(self) -> list[Tensor]:
+        return [self.flat.g] if self.flat else [p.grad for p in self.params if p.grad is not None]
+
+    def _apply(self, verdict: Verdict) -> None:
+        """The optimizer's step, gradients multiplied by the verdict's factor and then dropped."""
+        optimizer = self.optimizer
+        if isinstance(optimizer, FlatSGD):
+            optimizer.step(found_inf=verdict.found_inf, scale=verdict.factor)
+        else:
+            if verdict.factor is not None:
+                torch._foreach_mul_(self._grads(), verdict.factor)
+            optimizer.found_inf = verdict.found_inf  # type: ignore[attr-defined]  # read by torch's fused optimizers
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     def check(self) -> int:
         """Host read: steps skipped so far. NumericsError, naming the terms, after LIMIT non-finite steps in a row."""
@@ -217,17 +259,29 @@ class Step:
         """Everything of the step that a bit-exact resume needs, learner and optimizer included."""
         return {
             "learner": self.learner.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self._optimizer_state(),
             "scaler": self.scaler.state() if self.scaler else {},
             "average": {"model": self.average.model.state_dict(), "count": self.average.count} if self.average else {},
             "meters": self.meters.state(),
             "skips": {"streak": self.streak, "skipped": self.skipped, "bad": self.bad},
         }
 
+    def _optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's, its rates as plain numbers."""
+        state = self.optimizer.state_dict()
+        for group in state["param_groups"]:
+            group["lr"] = float(group["lr"])
+        return state
+
     def load(self, state: dict[str, Any]) -> None:
         """The inverse of `state`, in place."""
         self.learner.load_state_dict(state["learner"])
+        mine = [{k: group[k] for k in HOW if k in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, how in zip(self.optimizer.param_groups, mine, strict=True):
+            group.update(how)  # a run may have begun on another device
+        if self.flat:
+            self._share_rate()
         if self.scaler:
             _copy(self.scaler.state(), state["scaler"])
         if self.average:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import _launch
@@ -198,7 +198,7 @@ class FlatParameters:
             if p.dtype != torch.float32 or p.device != device or not p.is_leaf:
                 what = f"{p.dtype} on {p.device}{'' if p.is_leaf else ', not a leaf'}"
                 raise ValueError(f"parameter {k} is {what}; expected torch.float32 leaves on {device}")
-            if p.numel() and p.data_ptr() in seen:
+            if p.numel() and not p.is_meta and p.data_ptr() in seen:
                 raise ValueError(f"parameter {k} {tuple(p.shape)} shares its memory with another one; give one of them")
             seen.add(p.data_ptr())
         if shadow not in (None, *SHADOWS):
@@ -216,6 +216,7 @@ class FlatParameters:
             for k, p in enumerate(self.params):
                 p.data = self.view(self.p, k).copy_(p)
         self.grads = [self.view(self.g, k) for k in range(len(self.params))]
+        self.leaves: list[nn.Parameter | None] = [None] * len(self.params)
         self._places = [p.data_ptr() for p in self.params]
         self.refresh()
 
@@ -229,35 +230,71 @@ class FlatParameters:
         if self.shadow is not None:
             self.shadow.copy_(self.p)
 
+    def lower(self, params: Iterable[Tensor]) -> dict[Tensor, nn.Parameter]:
+        """Leaves over the shadows of some parameters, for a net to compute with in their place: no cast each step. Their
+        gradients, in half precision, are taken over by `adopt`. ValueError where there are no shadows."""
+        if self.shadow is None:
+            raise ValueError("shadow=None; leaves in half precision need shadow=torch.bfloat16 or torch.float16")
+        wanted = set(params)
+        for k, p in enumerate(self.params):
+            if p in wanted and self.leaves[k] is None:
+                self.leaves[k] = nn.Parameter(self.view(self.shadow, k), p.requires_grad)
+        return {p: leaf for p, leaf in zip(self.params, self.leaves, strict=True) if leaf is not None}
+
     @torch.no_grad()
     def adopt(self) -> None:
         """Bring gradients that autograd made elsewhere into the flat buffer, and mark the parameters that have one.
 
+        A leaf's gradient is added where its parameter has one in the buffer already, so that parts of a batch are summed in fp32.
         RuntimeError where a parameter left the buffer (`module.to`, `p.data = ...`) or, inside a CUDA graph capture, where
         another set of parameters has gradients than on the last step: the graph could not know.
         """
-        made: list[Tensor] = []
-        kept: list[Tensor] = []
+        copied, added = _Moves(), _Moves()
         active = []
-        for p, grad, place in zip(self.params, self.grads, self._places, strict=True):
+        for p, grad, leaf, place in zip(self.params, self.grads, self.leaves, self._places, strict=True):
             if p.data_ptr() != place:
                 raise RuntimeError(f"a parameter {tuple(p.shape)} left the flat buffer; move a net before its optimizer is made")
-            has = p.grad is not None
-            active.append(has)
-            if has and p.grad is not grad:
-                if p.grad.layout != torch.strided:  # type: ignore[union-attr]
-                    raise ValueError(f"a gradient {tuple(p.shape)} is sparse; expected a dense one")
-                made.append(p.grad)  # type: ignore[arg-type]
-                kept.append(grad)
+            if p.grad is not None and p.grad is not grad:
+                copied.append(grad, p.grad)
                 p.grad = grad
-        if made:
+            if leaf is not None and leaf.grad is not None:
+                (copied if p.grad is None else added).append(grad, leaf.grad)
+                leaf.grad, p.grad = None, grad
+            active.append(p.grad is not None)
+        for kept, made in copied.lists():
             torch._foreach_copy_(kept, made)
+        for kept, made in added.lists():
+            torch._foreach_add_(kept, made)
         if active != self._active:
             if self.p.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("the parameters with a gradient changed inside a CUDA graph capture; take a step before it")
+            for grad, on, was in zip(self.grads, active, self._active, strict=True):
+                if was and not on:
+                    grad.zero_()  # what is in the buffer counts in its norm
             table = [g if on else -1 for g, on, n in zip(self.of, active, self.chunks, strict=True) for _ in range(n)]
             self.groups.copy_(torch.tensor(table, dtype=torch.int32))
             self._active = active
+
+
+class _Moves:
+    """Pairs of tensors for torch's list functions, which launch once for many where one list has one dtype and equal strides."""
+
+    def __init__(self) -> None:
+        self._pairs: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+
+    def append(self, to: Tensor, grad: Tensor) -> None:
+        if grad.layout != torch.strided:
+            raise ValueError(f"a gradient {tuple(grad.shape)} is sparse; expected a dense one")
+        if grad.stride() != to.stride() and all(
+            n == 1 or a == b for n, a, b in zip(grad.shape, grad.stride(), to.stride(), strict=True)
+        ):
+            grad = grad.as_strided(to.shape, to.stride())  # 1x1 convolutions: the same places, other numbers for sizes of 1
+        kept, made = self._pairs.setdefault(grad.dtype, ([], []))
+        kept.append(to)
+        made.append(grad)
+
+    def lists(self) -> list[tuple[list[Tensor], list[Tensor]]]:
+        return list(self._pairs.values())
 
 
 class FlatSGD(Optimizer):
@@ -403,7 +440,9 @@ class FlatSGD(Optimizer):
         """Zero the gradients with one fill; see the class for `set_to_none`."""
         if not set_to_none:
             self.flat.g.zero_()
-        for p, grad in zip(self.flat.params, self.flat.grads, strict=True):
+        for p, grad, leaf in zip(self.flat.params, self.flat.grads, self.flat.leaves, strict=True):
+            if leaf is not None:
+                leaf.grad = None
             if p.grad is not None and p.grad is not grad:
                 p.grad = grad
             if set_to_none:

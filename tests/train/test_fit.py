@@ -19,7 +19,7 @@ import torch
 
 from fastffl.errors import DataError, DiskError, NumericsError, UsageError
 from fastffl.evaluation import evaluate
-from fastffl.train import checkpoint, loop
+from fastffl.train import checkpoint, graph, loop
 from fastffl.train.progress import Progress
 from fastffl.train.rundir import rows_of
 from fastffl.train.step import LIMIT, Step
@@ -204,11 +204,11 @@ def test_last_and_best_are_of_every_vote(tmp_path: Path) -> None:
 def test_of_equal_scores_the_first_is_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter([50.0, 60.0, 60.0, 40.0])
 
-    def scored(learner: Any, *args: Any) -> dict[str, dict[str, Any]]:
+    def scored(learner: Any, *args: Any, **kwargs: Any) -> dict[str, dict[str, Any]]:
         top1 = next(scores)
         return {v: {"top1": top1, "top5": 100.0, "nll": 1.0, "samples": 20} for v in learner.graph.scored}
 
-    monkeypatch.setattr(loop, "evaluate", scored)
+    monkeypatch.setattr(graph, "evaluate", scored)
     result = tiny.train(tmp_path, tiny.recipe(sched__epochs=4))
     for r in result.results.values():
         assert (r["last"], r["best"], r["best_epoch"]) == (40.0, 60.0, 2)

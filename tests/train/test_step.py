@@ -15,6 +15,7 @@ from fastffl.train import Learner, checkpoint, optim
 from fastffl.train.step import LIMIT, Step
 from fastffl.values import Batch
 from fastffl_kernels import GraphOut
+from fastffl_kernels.guard import EVERY
 from tests.train import tiny
 
 CPU = torch.device("cpu")
@@ -48,11 +49,14 @@ class HostReads(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self.casts: list[torch.Size] = []  # shapes of what was cast to another dtype
         self.all = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.all += 1
         name = func._schema.name.removeprefix("aten::")
+        if name == "_to_copy" and (kwargs or {}).get("dtype") not in (None, args[0].dtype):
+            self.casts.append(args[0].shape)
         copied = name == "_to_copy" and (kwargs or {}).get("device") not in (None, CPU)
         masked = name in ("index", "index_put", "index_put_") and any(
             isinstance(k, Tensor) and k.dtype == torch.bool for k in args[1]
@@ -154,7 +158,7 @@ def test_an_overflow_backs_off_and_good_steps_grow_the_scale() -> None:
         assert whole_but(step, "scaler", "skips") == before
     assert step.check() == 5 and int(step.streak) == 0  # the scaler's own business: no streak
     step.scaler.scale.fill_(8.0)
-    step.scaler.good.fill_(step.scaler.EVERY - 2)
+    step.scaler.good.fill_(EVERY - 2)
     for want, good in ((8.0, 1999), (16.0, 0), (16.0, 1)):
         step(batch())
         assert (float(step.scaler.scale), int(step.scaler.good)) == (want, good)

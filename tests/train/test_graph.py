@@ -1,0 +1,258 @@
+"""Capture and replay with a stand-in for CUDA: what runs when, on which tensors, and what happens where it can't."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastffl.streams import Branches
+from fastffl.train import Plan, optim
+from fastffl.train.graph import SHAPES, TRIALS, WARM, Evaluator, Graphed, Stepper, computing
+from fastffl.train.step import Step
+from fastffl.values import Batch
+from tests.train import tiny
+from tests.train.recorder import Recorder
+from tests.train.test_step import CPU, batch, whole
+
+WHERE = Plan(CPU, None, torch.contiguous_format, "cpu")
+
+
+class Replay:
+    """What a capture gives: `body` again, on whatever its static tensors then hold."""
+
+    def __init__(self, backend: "FakeCuda", body: Callable[[], None], ms: float):
+        self.backend, self.body, self.ms = backend, body, ms
+
+    def replay(self) -> None:
+        self.backend.replays += 1
+        self.backend.now += self.ms
+        self.body()
+
+
+class FakeCuda:
+    """Replays are calls; a clock that `ms(style)` moves. As on CUDA, a capture itself computes nothing."""
+
+    def __init__(self, ms: dict[str, float] | None = None, branches: Branches | None = None, error: str = ""):
+        self.ms, self.error, self.branches = ms or {}, error, branches
+        self.captures, self.replays, self.now = 0, 0, 0.0
+        self.reads: list[str] = []
+
+    def capture(self, body: Callable[[], None]) -> Replay:
+        self.captures += 1
+        if self.error:
+            raise RuntimeError(self.error)
+        style = ("serial", "parallel")[(self.captures - 1) % 2]
+        return Replay(self, body, self.ms.get(style, 1.0))
+
+    def mark(self) -> float:
+        return self.now
+
+    def between(self, begin: float, end: float) -> float:
+        return end - begin
+
+    @contextmanager
+    def host_reads(self) -> Iterator[list[str]]:
+        yield self.reads
+
+
+def adder(total: Tensor) -> Callable[[Tensor], None]:
+    def work(x: Tensor) -> None:
+        total.add_(x.sum())
+
+    return work
+
+
+def branches() -> Branches:
+    return Branches(Recorder())
+
+
+# ---- when
+
+
+def test_a_shape_runs_eagerly_first_and_is_captured_once() -> None:
+    total, fake, said = torch.zeros(()), FakeCuda(), []
+    run = Graphed(adder(total), fake, say=said.append)
+    for k in range(10):
+        run(torch.full((4,), float(k)))
+        assert float(total) == 4 * sum(range(k + 1)), "every call counts once, eager or replayed"
+        assert fake.captures == (k >= WARM) and fake.replays == max(0, k + 1 - WARM)
+    assert run.reason == "" and len(said) == 1 and "one CUDA graph" in said[0]
+
+
+def test_each_shape_layout_and_type_has_a_graph_of_its_own() -> None:
+    total, fake = torch.zeros(()), FakeCuda()
+    run = Graphed(adder(total), fake)
+    x = torch.ones(2, 3, 4, 4)
+    kinds = [x, x.half(), x.contiguous(memory_format=torch.channels_last), torch.ones(1, 3, 4, 4)]
+    for _ in range(WARM + 2):
+        for kind in kinds:
+            run(kind)
+    assert fake.captures == len(kinds)
+    assert float(total) == (WARM + 2) * (3 * 96 + 48)
+
+
+def test_more_shapes_than_fit_run_eagerly_and_are_right() -> None:
+    total, fake = torch.zeros(()), FakeCuda()
+    run = Graphed(adder(total), fake)
+    for n in range(1, SHAPES + 4):
+        for _ in range(WARM + 1):
+            run(torch.ones(n))
+    assert fake.captures == SHAPES and run.reason == ""
+    assert float(total) == (WARM + 1) * sum(range(1, SHAPES + 4))
+
+
+# ---- which style
+
+
+@pytest.mark.parametrize(
+    ("serial", "parallel", "kept"), [(1.0, 0.8, "parallel"), (1.0, 1.2, "serial"), (1.0, 0.995, "serial"), (1.0, 1.0, "serial")]
+)
+def test_both_styles_take_turns_and_the_faster_is_kept(serial: float, parallel: float, kept: str) -> None:
+    total, b, said = torch.zeros(()), branches(), []
+    fake, seen = FakeCuda({"serial": serial, "parallel": parallel}), []
+
+    def work(x: Tensor) -> None:
+        seen.append(b.on)
+        total.add_(x.sum())
+
+    run = Graphed(work, fake, branches=b, say=said.append)
+    for _ in range(WARM):
+        run(torch.ones(3))
+    assert seen == [False] * (WARM - 1) + [True], "the last eager call takes the side streams the capture will take"
+    for _ in range(2 * TRIALS):
+        run(torch.ones(3))
+    assert seen[WARM:] == [False, True] * TRIALS
+    assert run.style == kept and run.speedup == pytest.approx(serial / parallel)
+    assert len(said) == 1 and f"{serial / parallel:.2f} x as fast" in said[0]
+    for _ in range(3):
+        run(torch.ones(3))
+    assert seen[-3:] == [kept == "parallel"] * 3 and not b.on
+    for _ in range(WARM + 1):
+        run(torch.ones(2))
+    assert fake.captures == 3, "a later shape is captured in the style that was kept"
+    assert float(total) == 3 * (WARM + 2 * TRIALS + 3) + 2 * (WARM + 1)
+
+
+@pytest.mark.parametrize(("asked", "style"), [("on", "parallel"), ("off", "serial")])
+def test_a_style_that_is_asked_for_is_not_measured(asked: Any, style: str) -> None:
+    b, fake = branches(), FakeCuda()
+    seen = []
+    run = Graphed(lambda x: seen.append(b.on), fake, branches=b, asked=asked)
+    for _ in range(WARM + 4):
+        run(torch.ones(2))
+    assert fake.captures == 1 and run.style == style and run.speedup is None
+    assert seen[WARM:] == [style == "parallel"] * 4
+
+
+# ---- where it can't
+
+
+def test_a_failed_capture_goes_on_eagerly_and_says_why() -> None:
+    total, fake, said = torch.zeros(()), FakeCuda(error="operation not permitted when stream is capturing\nmore"), []
+    run = Graphed(adder(total), fake, say=said.append)
+    for _ in range(WARM + 3):
+        run(torch.ones(2))
+    assert float(total) == 2 * (WARM + 3) and fake.captures == 1 and fake.replays == 0
+    assert said == ["step runs without a CUDA graph: capturing it failed: operation not permitted when stream is capturing"]
+    assert run.reason in said[0]
+
+
+def test_host_reads_are_found_before_a_capture_is_tried() -> None:
+    fake, said = FakeCuda(), []
+    fake.reads.append("net.py:12")
+    run = Graphed(lambda x: None, fake, say=said.append)
+    for _ in range(WARM + 3):
+        run(torch.ones(2))
+    assert fake.captures == 0 and "net.py:12" in run.reason and len(said) == 1
+
+
+@pytest.mark.parametrize(
+    "draw", [random.random, lambda: np.random.rand(3), lambda: torch.rand(2)], ids=["python", "numpy", "torch"]
+)
+def test_random_numbers_of_the_host_are_found_too(draw: Callable[[], Any]) -> None:
+    fake = FakeCuda()
+    run = Graphed(lambda x: draw(), fake)
+    for _ in range(WARM + 3):
+        run(torch.ones(2))
+    assert fake.captures == 0 and "random numbers on the host" in run.reason
+
+
+# ---- the step
+
+
+def steps_of(changes: dict[str, Any], **more: Any) -> tuple[Step, Step, Stepper, FakeCuda]:
+    """A step called plainly and one through a Stepper with the stand-in."""
+    made, both = tiny.recipe(**changes), []
+    for _ in range(2):
+        learner = tiny.learner(drop=0.0)
+        learner.train()
+        both.append(Step(learner, optim.build(learner, made.optim, True), made, CPU))
+    fake = FakeCuda()
+    return both[0], both[1], Stepper(both[1], WHERE, backend=fake, **more), fake
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"optim__accum": 2}, {"ema__decay": 0.9, "optim__clip": 0.5}, {"optim__name": "adamw", "optim__lr": 1e-3}],
+    ids=["plain", "accum", "ema+clip", "adamw"],
+)
+@pytest.mark.parametrize("streams", ["off", "on", "auto"])
+def test_a_replayed_step_equals_a_called_one(changes: dict[str, Any], streams: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schedules reach the replay as device values, partial batches get a graph of their own: the same bits at the end."""
+    monkeypatch.setattr("fastffl.train.graph.Streams", lambda device: Recorder())
+    plain, captured, run, fake = steps_of(changes, streams=streams)
+    for k in range(20):
+        for step, call in ((plain, plain), (captured, run)):
+            step.rate(0.05 / (k + 1))
+            step.ramp(min(1.0, k / 10))
+            call(batch(8, 8 * k))
+            if k % 3 == 2:
+                call(batch(4, k))
+    assert fake.replays > 15 and fake.captures >= 2
+    assert whole(plain) == whole(captured)
+
+
+def test_a_step_on_the_cpu_is_called_and_says_so() -> None:
+    _, step, _, _ = steps_of({})
+    run = Stepper(step, WHERE)
+    run(batch())
+    assert "cpu" in run.reason and run.style == "serial" and int(step.meters.rows) == 8
+    assert "run.graph" in Stepper(step, WHERE, graph=False, backend=FakeCuda()).reason
+
+
+def test_closing_gives_the_learner_back() -> None:
+    _, step, run, _ = steps_of({})
+    assert step.learner.cohort.branches is not None
+    run.close()
+    assert step.learner.cohort.branches is None
+
+
+def test_a_captured_evaluation_equals_a_called_one() -> None:
+    _, step, run, _ = steps_of({})
+    run(batch())
+    data, fake = tiny.data(), FakeCuda()
+    plain, captured = Evaluator(step, WHERE), Evaluator(step, WHERE, backend=fake)
+    want = plain(data, 7)
+    for _ in range(3):
+        assert captured(data, 7) == want
+    assert fake.captures == 1 and fake.replays > 0  # the short last batch is seen three times: not yet captured
+    assert step.learner.training
+
+
+def test_computing_chooses_fast_convolutions_on_cuda_only() -> None:
+    before = torch.backends.cudnn.benchmark
+    with computing(CPU):
+        assert not torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.benchmark == before
+
+
+def test_a_batch_is_what_a_stepper_takes() -> None:
+    _, step, run, _ = steps_of({})
+    x, y, at = batch()
+    run(Batch(x, y, at))
+    assert int(step.meters.rows) == 8
