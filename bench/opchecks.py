@@ -77,6 +77,8 @@ def drawn(op: str, pick: random.Random) -> Problem:
         return problems.bn_act(batch, pick.choice(MAPS), side, dtype, residual=pick.random() < 0.5)
     if op == "augment":
         return problems.augment(batch, dtype)
+    if op == "guard":
+        return problems.guard(pick.randrange(1, 100_000))
     if op == "sgd_flat":
         sizes = (1, 3, 16, 64, 1000, 1024, 1025)
         return problems.sgd_flat("random", [(pick.choice(sizes), pick.choice((1, 3, 9))) for _ in range(pick.randrange(1, 9))])
@@ -135,6 +137,8 @@ def check_large(op: str, device: torch.device, smoke: bool) -> Row:
     """More than 2^31 elements in one tensor: rows round the 2^31st element and the last ones, against the small batch's."""
     if op == "augment":
         return large_augment(device, 12 if smoke else -(-LARGE // (3 * problems.SIDE**2)))
+    if op == "guard":
+        return large_norm(device, 100_000 if smoke else LARGE)
     build, names = REPEATED[op]
     problem = build(smoke)
     inputs = problem.draw(device, 0)
@@ -158,6 +162,17 @@ def check_large(op: str, device: torch.device, smoke: bool) -> Row:
             right &= error <= problem.rival and far <= problem.far * kernels.FAR[x.dtype]  # NaN is neither
             worst = max(worst, error)
     return {"value": batch * times * each, "unit": "elements", "max_err": worst, "ok": right}
+
+
+def large_norm(device: torch.device, n: int) -> Row:
+    """The factor that clips a gradient of n equal elements, and whether the very last one is looked at."""
+    problem = problems.guard(1)
+    inputs = problem.draw(device, 0) | {"grads": torch.full((n,), 64.0, device=device)}
+    factor = float(solve(problem, inputs)["factor"])
+    want = problems.GUARD["clip"] / (64 * n**0.5)  # the loss scale falls out
+    inputs["grads"][-1] = torch.nan
+    off = abs(factor / want - 1) / problems.EPS[torch.float32]
+    return {"value": n, "unit": "elements", "max_err": off, "ok": off <= 64 and not bool(solve(problem, inputs)["ok"])}
 
 
 def large_augment(device: torch.device, images: int) -> Row:
@@ -199,7 +214,7 @@ def check_repeats(op: str, device: torch.device, times: int) -> Row:
 
 def check_replays(op: str, device: torch.device, times: int) -> Row:
     """A captured graph, replayed on other inputs each time, gives the bits of an eager call."""
-    if op == "sgd_flat":
+    if op in ("sgd_flat", "guard"):
         return replayed_steps(small_problem(op), device, times)
     problem = small_problem(op)
     held = problem.draw(device, 0)
@@ -217,22 +232,26 @@ def check_replays(op: str, device: torch.device, times: int) -> Row:
     return {"value": times, "unit": "replays", "graph": ready.graph, "ok": not wrong, "said": f"{wrong} differ" if wrong else ""}
 
 
+def _state(inputs: Inputs) -> list[Tensor]:
+    """What calls move: an optimizer's weights and momentum, or a state that is given."""
+    optimizer = inputs["_ours"][0] if "_ours" in inputs else None
+    return [optimizer.flat.p, optimizer.flat.shadow, optimizer.m] if optimizer else problems.leaves(inputs["state"])
+
+
 def replayed_steps(problem: Problem, device: torch.device, times: int) -> Row:
-    """An optimizer's replays go on from one another: as many eager steps end in the same bits."""
+    """Replays of what moves a state go on from one another: as many eager steps end in the same bits."""
     captured, eager = problem.draw(device, 0), problem.draw(device, 0)
     solve(problem, eager)
     with timing.clock_of(device) as clock:
         ready = clock.prepare(lambda inputs: solve(problem, inputs), [captured])
-        got = solve(problem, captured)
-        mine, theirs = captured["_ours"][0], eager["_ours"][0]
-        mine.flat.p.copy_(theirs.flat.p)
-        mine.m.copy_(theirs.m)
-        want: Outputs = {}
+        solve(problem, captured)
+        for mine, theirs in zip(_state(captured), _state(eager), strict=True):
+            mine.copy_(theirs)
         for _ in range(times):
             ready.replay()
             for _ in range(ready.calls):
-                want = solve(problem, eager)
-        right = same(got, want)
+                solve(problem, eager)
+        right = all(torch.equal(a, b) for a, b in zip(_state(captured), _state(eager), strict=True))
     return {"value": times * ready.calls, "unit": "replayed steps", "graph": ready.graph, "ok": right}
 
 

@@ -31,9 +31,10 @@ from .problems import MAX, SHORT, Inputs, Outputs, Problem, Style
 
 Row = dict[str, Any]
 Emit = Callable[[Row], None]
-OPS = ("distill_graph", "fuse_conv", "bn_act", "augment", "sgd_flat")
+OPS = ("distill_graph", "fuse_conv", "bn_act", "augment", "guard", "sgd_flat")
 PASSES = ("", "default", MAX)
-FAR = {torch.bfloat16: 0.05, torch.float16: 0.05, torch.float32: 1e-3}  # relative distance beyond which an answer is wrong
+# Relative distance beyond which an answer is wrong.
+FAR = {torch.bfloat16: 0.05, torch.float16: 0.05, torch.float32: 1e-3, torch.float64: 1e-3}
 COMPILE_S = 40.0  # no compilation begins with less time left
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastffl_kernels
-from fastffl_kernels import GraphEdge, _dispatch, distill_graph_reference
+from fastffl_kernels import GraphEdge, GuardState, _dispatch, distill_graph_reference
 from fastffl_kernels._launch import Norm
 
 from .. import nets
@@ -147,7 +147,8 @@ def errors(got: Outputs, want: Truth, dtype: torch.dtype, *, own: bool = False) 
             off = off[want.sure[name]]
         worst, top = (float(v.max()) if v.numel() else 0.0 for v in (off, y.abs()))
         value = not name.startswith("d ")
-        unit = EPS[x.dtype] if own and value else max(EPS[x.dtype], EPS[dtype])
+        eps = max(EPS[x.dtype], EPS[torch.float32])  # sums in fp64 are of products in fp32
+        unit = eps if own and value else max(eps, EPS[dtype])
         made[name] = 0.0 if value and worst <= 1e-6 else worst / (unit * max(top, 1e-30))
     return made
 
@@ -706,6 +707,46 @@ def sgd_flat(name: str, shapes: Sequence[tuple[int, ...]], *, quick: bool = Fals
     )
 
 
+# ---- guard: what a step decides between backward and update -------------------------------------------------------------------
+
+GUARD: dict[str, Any] = {"clip": 5.0, "decay": 0.999}
+TERMS = 3  # cross-entropies, and edges, of FFL's graph of two peers; its nodes are one more
+
+
+def _guarded(op: Callable[..., Any], inputs: Inputs) -> Outputs:
+    state = GuardState(*inputs["state"])
+    verdict = op(*inputs["step"], state, grads=inputs["grads"], **GUARD)
+    return {name: x for name, x in {**verdict._asdict(), **state._asdict()}.items() if x is not None}
+
+
+def guard(n: int, *, quick: bool = False) -> Problem:
+    """The norm of n gradients, the verdict, loss scale, meters and the average's share; every call moves the state."""
+
+    def draw(device: torch.device, seed: int) -> Inputs:
+        normal = randoms(device, seed)
+        step = [normal().abs(), normal(TERMS).abs(), normal(TERMS).abs()]
+        counts = [torch.arange(TERMS + 1, device=device), torch.tensor(128, device=device)]
+        sums = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((), (2 * TERMS,))]
+        count = [torch.zeros(shape, dtype=torch.int64, device=device) for shape in ((), (), (TERMS + 1,), (), ())]
+        bad = torch.zeros(2 * TERMS + 1, dtype=torch.bool, device=device)
+        scale, updates = (torch.tensor(v, device=device) for v in (1024.0, 5.0))
+        state = (*count[:2], bad, *sums, *count[2:4], scale, count[4], updates)
+        return {"grads": normal(n, scale=0.1), "step": (*step, *counts), "state": state}
+
+    plain = Style("eager", "eager", partial(_guarded, fastffl_kernels.guard_reference))
+    return Problem(
+        op="guard",
+        case=f"{n / 1e6:.2g} M gradients" if n >= 10_000 else f"{n} gradients",
+        dtype=torch.float32,
+        draw=draw,
+        exact=partial(_guarded, fastffl_kernels.guard_reference),
+        styles=(*_of_ours("guard", lambda path: partial(_guarded, path)), plain, *both_modes(plain)),
+        bytes=4 * n,
+        flop=2 * n,
+        quick=quick,
+    )
+
+
 def _shapes(net: str, classes: int, size: int) -> list[tuple[int, ...]]:
     """Of the parameters of two such nets."""
     with torch.device("meta"):
@@ -748,11 +789,18 @@ def _steps() -> list[Problem]:
     return [small, sgd_flat("ResNet-50 x2", _shapes("resnet50", 1000, 224))]
 
 
+def _guards() -> list[Problem]:
+    """The gradients of the same nets."""
+    sizes = [sum(math.prod(shape) for shape in _shapes(*net)) for net in (("resnet32", 100, 32), ("resnet50", 1000, 224))]
+    return [guard(n, quick=k == 0) for k, n in enumerate(sizes)]
+
+
 FULL: dict[str, Callable[[], list[Problem]]] = {
     "distill_graph": _losses,
     "fuse_conv": _fusions,
     "bn_act": _bn_acts,
     "augment": _augments,
+    "guard": _guards,
     "sgd_flat": _steps,
 }
 
@@ -764,6 +812,7 @@ SMALL: dict[str, Callable[[], list[Problem]]] = {
         *(depthwise(2, 6, 5, 4, FP32, backward) for backward in (False, True)),
     ],
     "sgd_flat": lambda: [sgd_flat("3 tensors", [(3, 2, 3, 3), (5,), (700, 4)])],
+    "guard": lambda: [guard(n) for n in (5, 9001)],
     "augment": lambda: [augment(4, t) for t in (FP32, BF16)],
     "bn_act": lambda: [bn_act(3, 5, 4, t, residual=r) for t in (FP32, BF16) for r in (False, True)],
 }
