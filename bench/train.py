@@ -9,105 +9,27 @@ to step at rate 0.1) and as parity_f64 (the same in float64: that the two comput
 """
 
 import argparse
-import contextlib
-import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 
 from fastffl import recipes
+from fastffl.bench.official import PARITY_STEPS, Official, Pictures, module, parity, renamed
 from fastffl.bench.timing import ROOT, circumstances, interleave, rows, write
 from fastffl.data import Arrays, Place, Resident
 from fastffl.data.rng import order
+from fastffl.errors import FastFFLError
 from fastffl.recipe import Recipe, change
 from fastffl.train import Learner, optim
 from fastffl.train.device import plan
 from fastffl.train.step import Step
 from fastffl.values import Batch
 
-PARITY_STEPS = 3
 BATCH = 128
-MEAN = [x / 255.0 for x in (129.3, 124.1, 112.4)]  # the constants of the official loader
-STD = [x / 255.0 for x in (68.2, 65.4, 70.4)]
-
-
-def module(folder: Path, name: str) -> ModuleType:
-    """Import one file of the authors' checkout."""
-    spec = importlib.util.spec_from_file_location(f"official_{name}", folder / f"{name}.py")
-    if spec is None or spec.loader is None or not (folder / f"{name}.py").is_file():
-        sys.exit(f"error: --official {folder} has no {name}.py; expected a checkout of Jangho-Kim/FFL-pytorch")
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
-
-
-@contextlib.contextmanager
-def cuda_is_here() -> Iterator[None]:
-    """The authors' loss calls .cuda() without asking; without a GPU that is made a no-op while it runs."""
-    if torch.cuda.is_available():
-        yield
-        return
-    real = torch.Tensor.cuda
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.Tensor.cuda = real  # type: ignore[method-assign]
-
-
-class Official:
-    """The authors' nets, loss and optimizers in the step their script takes, host reads included."""
-
-    def __init__(self, folder: Path, depth: int, device: torch.device):
-        nets, self.utils = module(folder, "our_network"), module(folder, "utils")
-        self.net = nets.ffl_resnet(num_classes=100, depth=depth).to(device)
-        self.fusion = nets.Fusion_module(64, 100, 8).to(device)
-        sgd: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "nesterov": True}
-        self.optims = [
-            torch.optim.SGD(self.net.parameters(), weight_decay=1e-4, **sgd),
-            torch.optim.SGD(self.fusion.parameters(), weight_decay=1e-5, **sgd),
-        ]
-        self.ce, self.kl, self.w = torch.nn.CrossEntropyLoss(), self.utils.KLLoss(), 0.5
-        self.correct = [0.0, 0.0, 0.0]
-
-    def step(self, x: torch.Tensor, y: torch.Tensor) -> float:
-        for o in self.optims:
-            o.zero_grad()
-        with cuda_is_here():
-            z1, z2, maps = self.net(x)
-            u = self.fusion(maps[0], maps[1])
-            labels = self.ce(z1, y) + self.ce(z2, y) + self.ce(u, y)
-            loss = labels + self.w * (self.kl(z1, u) + self.kl(z2, u) + self.kl(u, (z1 + z2) / 2))
-        loss.backward()
-        for o in self.optims:
-            o.step()
-        for k, z in enumerate((z1, z2, u)):
-            self.correct[k] += z.data.max(1)[1].eq(y.data).cpu().sum().float().item()
-        return loss.item()
-
-
-def renamed(net: dict[str, Any], fusion: dict[str, Any]) -> dict[str, Any]:
-    """The authors' weights under this package's names (methods-core section 5)."""
-    made: dict[str, Any] = {}
-    for key, value in net.items():
-        for k in (1, 2):
-            if key.startswith((f"layer3_{k}", f"classfier3_{k}")):
-                tail = key.replace(f"layer3_{k}", "layer3").replace(f"classfier3_{k}", "fc")
-                made[f"cohort.p{k - 1}.plain.{tail}"] = value
-        if not key.startswith(("layer3_", "classfier3_")):
-            for k in (0, 1):
-                made[f"cohort.p{k}.plain.{key}"] = value
-    names = {"conv1": "dw", "bn1": "bn1", "conv1_1": "pw", "bn1_1": "bn2", "fc2": "fc"}
-    for key, value in fusion.items():
-        head, _, rest = key.partition(".")
-        made[f"method.fuse.{names[head]}.{rest}"] = value
-    return made
 
 
 class Ours:
@@ -141,29 +63,6 @@ def synchronized(call: Callable[[], Any]) -> Callable[[], None]:
             torch.cuda.synchronize()
 
     return run
-
-
-def parity(folder: Path, depth: int) -> float:
-    """Largest relative difference of the two sides' losses over PARITY_STEPS updates in float64: rounding only, if equal."""
-    recipe = change(recipes.load("ffl-cifar100-resnet32"), "nets.names", f"resnet{depth},resnet{depth}")
-    recipe = change(change(recipe, "run.memory_format", "contiguous"), "run.device", "cpu")
-    torch.manual_seed(1)
-    x, y = torch.randn(16, 3, 32, 32, dtype=torch.float64), torch.randint(0, 100, (16,))
-    official = Official(folder, depth, torch.device("cpu"))
-    official.net.double()
-    official.fusion.double()
-    learner = Learner.build(recipe, 100, 3, 32).double()
-    learner.load_state_dict(renamed(official.net.state_dict(), official.fusion.state_dict()))
-    step = Step(learner, optim.build(learner, recipe.optim), recipe, torch.device("cpu"))
-    step.rate(0.1)
-    step.ramp(0.5)
-    worst = 0.0
-    for _ in range(PARITY_STEPS):
-        want = official.step(x, y)
-        step(Batch(x, y, y))
-        worst = max(worst, abs(float(step.meters.read()["loss"]) - want) / abs(want))
-        step.meters.clear()
-    return worst
 
 
 def bench_step(folder: Path, rounds: int, depth: int = 32) -> list[dict[str, Any]]:
@@ -200,9 +99,6 @@ def bench_step(folder: Path, rounds: int, depth: int = 32) -> list[dict[str, Any
 
 def bench_augment(rounds: int) -> list[dict[str, Any]]:
     """Images per second of pad, flip, crop, normalise on one core: the authors' PIL transforms and ours."""
-    from PIL import Image
-    from torchvision import transforms
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
@@ -216,22 +112,13 @@ def bench_augment(rounds: int) -> list[dict[str, Any]]:
         "ours": Resident(arrays, recipe.data, Place()),
         "ours, channels_last": Resident(arrays, recipe.data, Place(memory_format=torch.channels_last)),
     }
-    official = transforms.Compose(
-        [
-            transforms.Pad(4, padding_mode="reflect"),
-            transforms.RandomHorizontalFlip(),
-            transforms.RandomCrop(32),
-            transforms.ToTensor(),
-            transforms.Normalize(mean=MEAN, std=STD),
-        ]
-    )
-    pictures = [Image.fromarray(np.ascontiguousarray(x.permute(1, 2, 0).numpy())) for x in images[:BATCH]]
+    pictures = Pictures(images, labels)
     ids = order(0, 0, 5000)[:BATCH]
 
     def ours(source: Resident) -> None:
         source.augment(source._x["train"], ids, source._y["train"][ids], 0, 0)
 
-    variants: dict[str, Callable[[], Any]] = {"official": lambda: torch.stack([official(p) for p in pictures])}
+    variants: dict[str, Callable[[], Any]] = {"official": lambda: torch.stack([pictures[k][0] for k in range(BATCH)])}
     variants |= {name: lambda s=s: ours(s) for name, s in sources.items()}  # type: ignore[misc]
     made = rows(f"augment {BATCH} CIFAR images, 1 core", interleave(variants, rounds), "official")
     for row in made:
@@ -247,7 +134,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="JSONL to append to; default bench/results/DEVICE/train.jsonl")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    module(args.official, "our_network")  # a wrong folder is told before minutes are spent
+    try:
+        module(args.official, "our_network")  # a wrong folder is told before minutes are spent
+    except FastFFLError as error:
+        sys.exit(f"error: {error}")
     made = bench_augment(args.rounds * 4) + bench_step(args.official, args.rounds)
     facts = circumstances()
     out = args.out or ROOT / "bench" / "results" / ("h200" if "H200" in facts["device"] else "cpu") / "train.jsonl"

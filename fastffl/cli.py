@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 VERBS = ("train", "evaluate", "export", "bench", "recipes", "methods", "models", "doctor")
-BENCHES = ("kernels",)
+BENCHES = ("kernels", "train")
 app = App(
     name="fastffl",
     version=__version__,
     help="Feature Fusion Learning and its family: train several networks side by side, take home a better one.",
     help_format="plaintext",
 )
-bench = App(name="bench", help="Measure: `fastffl bench kernels`.", help_format="plaintext")
+bench = App(name="bench", help="Measure: `fastffl bench kernels`, `fastffl bench train`.", help_format="plaintext")
 app.command(bench)
 Sets = Annotated[
     list[str] | None, Parameter(name="--set", negative="", help="change one value: --set optim.lr=0.05 (repeatable)")
@@ -261,6 +261,33 @@ def kernels(
         result = bench_kernels(
             ops, *files, tolerance=tolerance, quick=quick, minutes=minutes, device=device, say=_say, table=_table
         )
+    if json:
+        _say(_dumps(result.document))
+    result.judge()
+    return result.code
+
+
+@bench.command(name="train")
+def bench_train(
+    *,
+    case: Annotated[list[str] | None, Parameter(negative="", help="only this case (repeatable)")] = None,
+    rivals: Annotated[str | None, Parameter(help="A,B,... of eager, compile, compile-max, compile-graphs, official")] = None,
+    official: Annotated[str | None, Parameter(help="checkout of the authors' code")] = None,
+    out: Annotated[str | None, Parameter(help="JSONL file to append the rows to, as they come")] = None,
+    compare: Annotated[str | None, Parameter(help="JSONL of an earlier run: exit 3 where ours lost ground to a rival")] = None,
+    tolerance: Annotated[float, Parameter(help="share of a ratio that may be lost")] = 0.1,
+    quick: Annotated[bool, Parameter(negative="", help="fewer cases and rounds")] = False,
+    minutes: Annotated[float, Parameter(help="begin nothing new after this time")] = 9.5,
+    device: Annotated[Literal["auto", "cuda", "cpu"], Parameter(help="where to measure")] = "auto",
+    json: Json = False,
+) -> int:
+    """Time whole training steps against the plain loop, torch.compile and the authors' code."""
+    with _quiet_stdout(json):
+        from .bench.command import bench_train as measure
+
+        files = [Path(name) if name else None for name in (official, out, compare)]
+        more: dict[str, Any] = {"tolerance": tolerance, "quick": quick, "minutes": minutes, "device": device}
+        result = measure(case, rivals.split(",") if rivals else None, *files, **more, say=_say, table=_table)
     if json:
         _say(_dumps(result.document))
     result.judge()

@@ -1,6 +1,6 @@
-"""`fastffl bench kernels` below its flags: choose, run, keep rows, print, judge."""
+"""`fastffl bench kernels` and `fastffl bench train` below their flags: choose, run, keep rows, print, judge."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,7 +8,9 @@ import torch
 
 from ..errors import FastFFLError, ThresholdError, UsageError, nearest, printable
 from . import kernels, problems, roofline, timing
-from .kernels import Row
+from .goals import Comparison, Row, goal_table
+
+GOAL_COLUMNS = ["goal", "case", "must", "aim", "measured", "met"]
 
 
 class Result(NamedTuple):
@@ -16,7 +18,7 @@ class Result(NamedTuple):
 
     document: dict[str, Any]
     code: int
-    comparison: kernels.Comparison | None
+    comparison: Comparison | None
 
     def judge(self) -> None:
         """ThresholdError if ours lost ground against a rival."""
@@ -53,20 +55,60 @@ def _chosen(ops: list[str] | None) -> list[str]:
     return list(dict.fromkeys(ops or problems.FULL))
 
 
-def _earlier(path: Path, cuda: bool) -> list[Row]:
+def _on_cuda(device: str, instead: str) -> bool:
+    """Whether a CUDA device is to be used. UsageError where it is asked for and not there."""
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise UsageError(f"--device cuda: torch finds no CUDA device; --device cpu {instead}")
+    return cuda
+
+
+def _share(tolerance: float) -> None:
+    if not 0 <= tolerance < 1:
+        raise UsageError(f"--tolerance {tolerance:g}: expected a share, at least 0 and below 1")
+
+
+def _earlier(path: Path, here: str, devices: Callable[[Iterable[Row]], set[str]], expected: str) -> list[Row]:
     """The rows to compare with, refused before anything is run if they can't be compared."""
     try:
         rows = timing.read(path)
     except (OSError, ValueError, UnicodeDecodeError) as error:
         said = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
         raise UsageError(f"--compare {path}: {said}; expected the JSONL of an earlier run") from None
-    theirs = kernels.devices(rows)
+    theirs = devices(rows)
     if not theirs:
-        raise UsageError(f"--compare {path}: holds no timed rows; expected the JSONL of a run on a CUDA device")
-    here = torch.cuda.get_device_name() if cuda else "no CUDA device"
+        raise UsageError(f"--compare {path}: holds no timed rows; expected the JSONL of {expected}")
     if theirs != {here}:
         raise UsageError(f"--compare {path}: timed on {', '.join(sorted(theirs))}, here is {here}; such times can't be compared")
     return rows
+
+
+def _keeper(
+    rows: list[Row], out: Path | None, facts: Row, say: Callable[[str], None], line: Callable[[Row], str]
+) -> kernels.Emit:
+    """What takes a row: it is kept, appended to `out` and printed."""
+
+    def emit(row: Row) -> None:
+        rows.append(row)
+        if out:
+            try:
+                timing.write(out, [row], facts)
+            except OSError as error:
+                raise FastFFLError(f"--out {out}: {error.strerror or error}") from None
+        say(printable(line(row)))
+
+    return emit
+
+
+def _end(rows: list[Row], wrong: list[Row], facts: Row, comparison: Comparison | None, say: Callable[[str], None]) -> Result:
+    """The last lines, and what they come to."""
+    say(f"{len(rows)} rows, " + (f"{len(wrong)} of them wrong" if wrong else "all fine"))
+    for row in wrong:
+        say(printable(f"wrong: {row['case']} {row.get('dtype', '')} {row['variant']}: {row['state']}"))
+    for what in comparison.missing if comparison else []:
+        say(f"not measured this time: {what}")
+    document = {k: facts[k] for k in ("device", "commit", "torch", "triton")} | {"rows": rows}
+    return Result(document, 1 if wrong else 0, comparison)
 
 
 def bench_kernels(
@@ -84,26 +126,15 @@ def bench_kernels(
 ) -> Result:
     """Run the ops, append rows to `out` as they come, print them and what follows from them."""
     chosen = _chosen(ops)
-    if not 0 <= tolerance < 1:
-        raise UsageError(f"--tolerance {tolerance:g}: expected a share, at least 0 and below 1")
-    cuda = device != "cpu" and torch.cuda.is_available()
-    if device == "cuda" and not cuda:
-        raise UsageError("--device cuda: torch finds no CUDA device; --device cpu checks answers and compiles the kernels")
+    _share(tolerance)
+    cuda = _on_cuda(device, "checks answers and compiles the kernels")
     if svg and not cuda:
         raise UsageError("--svg needs timed rows, and those a CUDA device; leave it out to check answers and compiled kernels")
-    earlier = _earlier(compare, cuda) if compare else None
+    here = torch.cuda.get_device_name() if cuda else "no CUDA device"
+    earlier = _earlier(compare, here, kernels.devices, "a run on a CUDA device") if compare else None
     facts = timing.circumstances()
     rows: list[Row] = []
-
-    def emit(row: Row) -> None:
-        rows.append(row)
-        if out:
-            try:
-                timing.write(out, [row], facts)
-            except OSError as error:
-                raise FastFFLError(f"--out {out}: {error.strerror or error}") from None
-        say(printable(_line(row)))
-
+    emit = _keeper(rows, out, facts, say, _line)
     if cuda:
         with timing.clock_of(torch.device("cuda")) as clock:
             passes = kernels.PASSES[:2] if quick else kernels.PASSES
@@ -111,7 +142,7 @@ def bench_kernels(
             kernels.timed(todo, clock, emit, rounds=10 if quick else 25, seconds=60 * minutes, passes=passes)
         measured = [m for m in kernels.goals(rows) if m.goal.op in chosen]
         if table and measured:
-            table(["goal", "case", "must", "aim", "measured", "met"], kernels.goal_table(measured), right=2)
+            table(GOAL_COLUMNS, goal_table(measured), right=2)
         if svg:
             made = ", ".join(f"{k} {facts[k]}" for k in ("commit", "torch", "triton"))
             try:
@@ -121,12 +152,74 @@ def bench_kernels(
     else:
         say("no CUDA device: nothing is timed; answers are checked against float64, kernels compiled for GPUs that are not here")
         kernels.checked(chosen, emit, quick=quick)
-    wrong = [r for r in rows if kernels.bad(r)]
-    say(f"{len(rows)} rows, " + (f"{len(wrong)} of them wrong" if wrong else "all fine"))
-    for row in wrong:
-        say(printable(f"wrong: {row['case']} {row.get('dtype', '')} {row['variant']}: {row['state']}"))
     comparison = kernels.compare(earlier, [r | facts for r in rows], tolerance) if earlier else None
-    for what in comparison.missing if comparison else []:
-        say(f"not measured this time: {what}")
-    document = {k: facts[k] for k in ("device", "commit", "torch", "triton")} | {"rows": rows}
-    return Result(document, 1 if wrong else 0, comparison)
+    return _end(rows, [r for r in rows if kernels.bad(r)], facts, comparison, say)
+
+
+def _step_line(row: Row) -> str:
+    """A row of the step for people."""
+    head = f"{row['case']:22} {row['variant']:20}"
+    if row["kind"] == "cold" and row["state"] == "ok":
+        return f"{head} {row['setup_s']:9.1f} s to the first optimised step of a fresh process"
+    if row["ms"] is None:
+        return f"{head} {row['state']}"
+    units = {"img_s": "img/s", "launches": "launches", "ops": "operations", "peak_mib": "MiB"}
+    facts = [f"{row[k]:,.0f} {unit}" for k, unit in units.items() if row.get(k)]
+    facts += [f"peers {row['style']}"] if "style" in row else []
+    return f"{head} {row['ms']:9.3f} ms {row['ratio']:6.2f} x {row['against']}  {', '.join(facts)}"
+
+
+def bench_train(
+    names: list[str] | None,
+    rivals: list[str] | None,
+    folder: Path | None,
+    out: Path | None,
+    compare: Path | None,
+    *,
+    tolerance: float = 0.1,
+    quick: bool = False,
+    minutes: float = 9.5,
+    device: str = "auto",
+    say: Callable[[str], None] = print,
+    table: Callable[..., None] | None = None,
+) -> Result:
+    """Run the cases, append rows to `out` as they come, print them and what follows from them.
+
+    names    cases; None: all of them on CUDA, those a CPU can do on a CPU
+    rivals   None: all on CUDA, the plain loop (and the authors' code where `folder` is given) on a CPU
+    folder   a checkout of the authors' code
+    """
+    from . import cases, official, train
+
+    for name in names or []:
+        if name not in cases.CASES:
+            raise UsageError(f"--case {name}: no case is called {name!r}{nearest(name, cases.CASES)}")
+    for name in rivals or []:
+        if name not in train.RIVALS:
+            raise UsageError(f"--rivals {name}: no rival is called {name!r}{nearest(name, train.RIVALS)}")
+    _share(tolerance)
+    cuda = _on_cuda(device, "measures on the CPU")
+    if "official" in (rivals or []) and not folder:
+        raise UsageError("--rivals official needs --official DIR, a checkout of Jangho-Kim/FFL-pytorch")
+    if folder:
+        official.module(folder, "our_network")
+    todo = [cases.CASES[n] for n in dict.fromkeys(names or cases.CASES)]
+    if not names:
+        todo = [c for c in todo if (cuda or c.usual) and (c.quick or not quick)]
+    if not cuda and any(c.heavy for c in todo):
+        raise UsageError(f"--case {next(c.name for c in todo if c.heavy)}: this case needs a CUDA device")
+    chosen = rivals or [r for r in train.RIVALS if (cuda or r == "eager") and r != "official"]
+    chosen = list(dict.fromkeys([*chosen, *(["official"] if folder and not rivals else [])]))
+    facts = timing.circumstances(cuda)
+    earlier = None
+    if compare:
+        earlier = _earlier(compare, facts["device"], train.devices, "a run of bench train")
+    rows: list[Row] = []
+    emit = _keeper(rows, out, facts, say, _step_line)
+    if not cuda:
+        say("no CUDA device: nothing is captured, the goals stay unmeasured; ours beside the plain loop on this CPU")
+    train.timed(todo, chosen, device, folder, emit, rounds=(5 if quick else 15) + 10 * cuda, seconds=60 * minutes)
+    if table and cuda:
+        table(GOAL_COLUMNS, goal_table(cases.goals(rows)), right=2)
+    comparison = train.compare(earlier, rows, tolerance) if earlier else None
+    return _end(rows, [r for r in rows if train.bad(r)], facts, comparison, say)

@@ -228,9 +228,9 @@ def gpu_state() -> dict[str, float]:
     return dict(zip(("sm_mhz", "sm_mhz_max", "celsius", "watts"), values, strict=True))
 
 
-def circumstances() -> dict[str, Any]:
-    """What a figure depends on besides the code."""
-    cuda = torch.cuda.is_available()
+def circumstances(cuda: bool | None = None) -> dict[str, Any]:
+    """What a figure depends on besides the code; `cuda` None: measured on the GPU where there is one."""
+    cuda = torch.cuda.is_available() if cuda is None else cuda
     cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor())
     return {
         "device": torch.cuda.get_device_name() if cuda else cpu,
