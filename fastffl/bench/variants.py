@@ -20,7 +20,7 @@ from ..values import Batch
 from . import official
 from .cases import Case
 from .goals import Row
-from .rivals import PlainLoop
+from .rivals import MODES, PlainLoop
 
 BATCHES = 4  # different ones that lie on the device
 SETTLE = 80  # steps within which ours has decided how its peers run
@@ -224,5 +224,7 @@ def make(at: Setting, name: str) -> Variant:
     if name.startswith("alone "):
         kinds = at.case.alone(at.device.type, at.where.dtype is not None)
         return Ours(at, recipe=next(r for r in kinds if r.nets.names == (name.removeprefix("alone "),)))
-    name, _, mode = name.partition(" ")
+    style, _, mode = name.partition(" ")
+    if mode not in MODES.get(style, ()):
+        raise ValueError(f"no variant is called {name!r}")
     return Eager(at, "compile", mode)
