@@ -9,8 +9,16 @@ x (B, C, H, W) is taken as rows (N, C), N = B H W. X = N C itemsize, the bytes o
     training forward    2 launches  stats x | x, residual -> y                                       3 X, 4 X with residual
     backward            2 launches  sums dy, x | dy, x -> dx                                         5 X
       relu + residual               sums dy, x, y -> g | g, x -> dx; g is the residual's gradient    7 X
+      fork                          sums dy, dskip, x -> g | g, x -> dx                              7 X
+      fork, relu + residual         sums dy, dskip, x, y -> g | g, x -> dx                           8 X
     eval                1 launch    x, residual -> y                                                 2 X, 3 X with residual
     small maps          1 launch each way, whose second reading comes out of L2                      2 X; 3 X, 5 X with residual
+                                                                                    and 1 X more for a fork
+
+A fork gives y twice, so that the gradients of its two uses arrive apart and are added here in fp32: torch adds them with a launch
+of its own, 3 X. g is written once although x could tell the ReLU's mask again: dy and dskip read a second time cost the same 1 X
+more, and the second launch would carry another operand. In one launch both come out of L2 the second time, and g is written only
+where it is the residual's gradient.
 
 Saved for backward: x, and y only where both ReLU and residual are there (its storage is also the next layer's input), else the
 ReLU's mask is made again from x. Torch's own BatchNorm and ReLU save x and y.
@@ -39,7 +47,8 @@ def bn_act_reference(
     relu: bool = True,
     training: bool,
     batches: Tensor | None = None,
-) -> Tensor:
+    fork: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """The op in plain torch: the CPU path, the oracle of the tests and the benchmark's baseline. Bit for bit what a net
     computes that has nn.BatchNorm2d, `h += residual` and F.relu(h, inplace=True) one after the other."""
     if training and batches is not None:
@@ -48,7 +57,8 @@ def bn_act_reference(
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     if residual is not None:
         y += residual
-    return F.relu(y, inplace=True) if relu else y
+    y = F.relu(y, inplace=True) if relu else y
+    return (y, y) if fork else y
 
 
 def _jit() -> Any:
@@ -58,18 +68,22 @@ def _jit() -> Any:
     return jit
 
 
-def bytes_moved(rows: int, C: int, itemsize: int, *, residual: bool, relu: bool, training: bool) -> dict[str, int]:
+def bytes_moved(
+    rows: int, C: int, itemsize: int, *, residual: bool, relu: bool, training: bool, fork: bool = False
+) -> dict[str, int]:
     """Kernel -> bytes of the maps it reads and writes, each once; vectors of C and partials (under 1 % from 2,000 rows on)
-    are not counted."""
+    are not counted. `fork`: both gradients come."""
     X, add = rows * C * itemsize, int(residual)
     if not training:
         return {"bn_act_apply": (2 + add) * X}
-    kept = int(relu and residual)
+    y = int(relu and residual)  # read, and g written
     if _jit().whole(rows, C, itemsize):
-        return {"bn_act_whole": (2 + add) * X, "bn_act_backward_whole": (3 + 2 * kept) * X}
+        g = int(residual and (relu or fork))
+        return {"bn_act_whole": (2 + add) * X, "bn_act_backward_whole": (3 + fork + y + g) * X}
+    g = int(y or fork)
     return {
         **{"bn_act_stats": X, "bn_act_apply": (2 + add) * X},
-        **{"bn_act_backward_sums": (2 + 2 * kept) * X, "bn_act_backward_apply": 3 * X},
+        **{"bn_act_backward_sums": (2 + fork + y + g) * X, "bn_act_backward_apply": 3 * X},
     }
 
 
@@ -182,29 +196,39 @@ def _mask(relu: bool, y: Tensor | None) -> int:
 
 @torch.library.custom_op("fastffl::bn_act_backward_sums", mutates_args=())
 def _backward_sums(
-    dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, relu: bool
+    dy: Tensor,
+    dskip: Tensor | None,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    relu: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dweight, dbias (C,) fp32, and where y is given the gradient behind the ReLU (N, C), else (0, C)."""
+    """dweight, dbias (C,) fp32, and with `keep` the gradient behind the ReLU (N, C), else (0, C)."""
     jit, (N, C), mask = _jit(), x.shape, _mask(relu, y)
     plan = jit.sums_plan(N, C, x.element_size(), jit.SUMS_TILE)
     dweight, dbias = _vectors(x, 2)
     partial = _launch.empty((plan.parts, 2, C), torch.float32, x.device)
-    g = _launch.empty((N if mask == jit.FROM_Y else 0, C), x.dtype, x.device)
+    g = _launch.empty((N if keep else 0, C), x.dtype, x.device)
     launch(
         *(jit.bn_act_backward_sums, (plan.parts * plan.blocks,), x.device),
-        *(dy, x, y, g if mask == jit.FROM_Y else None, weight, bias, mean, invstd),
+        *(dy, dskip, x, y, g if keep else None, weight, bias, mean, invstd),
         *(partial, counters(x.device, plan.blocks), dweight, dbias, N, plan.per, plan.parts),
         *(mask, C, plan.blocks, plan.block_n, plan.block_c),
         warps=jit.WARPS,
+        maxnreg=jit.MAXNREG,
     )
     return dweight, dbias, g
 
 
 @_backward_sums.register_fake
-def _(dy, x, y, weight, bias, mean, invstd, relu):  # type: ignore[no-untyped-def]
+def _(dy, dskip, x, y, weight, bias, mean, invstd, relu, keep):  # type: ignore[no-untyped-def]
     C = x.shape[1]
     vector = lambda: x.new_empty((C,), dtype=torch.float32)  # noqa: E731
-    return vector(), vector(), x.new_empty((x.shape[0] if relu and y is not None else 0, C))
+    return vector(), vector(), x.new_empty((x.shape[0] if keep else 0, C))
 
 
 @torch.library.custom_op("fastffl::bn_act_backward_apply", mutates_args=())
@@ -239,17 +263,26 @@ def _(g, x, weight, bias, mean, invstd, dweight, dbias, relu):  # type: ignore[n
 
 @torch.library.custom_op("fastffl::bn_act_backward_whole", mutates_args=())
 def _backward_whole(
-    dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, relu: bool
+    dy: Tensor,
+    dskip: Tensor | None,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    relu: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx (N, C), dweight, dbias (C,) fp32, and the gradient behind the ReLU as `bn_act_backward_sums` gives it."""
     jit, (N, C), mask = _jit(), x.shape, _mask(relu, y)
     plan = jit.sums_plan(N, C, x.element_size(), jit.SUMS_TILE)
     dweight, dbias = _vectors(x, 2)
     dx = _launch.empty((N, C), x.dtype, x.device)
-    g = _launch.empty((N if mask == jit.FROM_Y else 0, C), x.dtype, x.device)
+    g = _launch.empty((N if keep else 0, C), x.dtype, x.device)
     launch(
         *(jit.bn_act_backward_whole, (plan.blocks,), x.device),
-        *(dy, x, y, g if mask == jit.FROM_Y else None, dx, weight, bias, mean, invstd, dweight, dbias, N),
+        *(dy, dskip, x, y, g if keep else None, dx, weight, bias, mean, invstd, dweight, dbias, N),
         *(mask, C, plan.block_n, plan.block_c),
         warps=jit.WARPS,
     )
@@ -257,10 +290,10 @@ def _backward_whole(
 
 
 @_backward_whole.register_fake
-def _(dy, x, y, weight, bias, mean, invstd, relu):  # type: ignore[no-untyped-def]
+def _(dy, dskip, x, y, weight, bias, mean, invstd, relu, keep):  # type: ignore[no-untyped-def]
     C = x.shape[1]
     vector = lambda: x.new_empty((C,), dtype=torch.float32)  # noqa: E731
-    return torch.empty_like(x), vector(), vector(), x.new_empty((x.shape[0] if relu and y is not None else 0, C))
+    return torch.empty_like(x), vector(), vector(), x.new_empty((x.shape[0] if keep else 0, C))
 
 
 def _twice(ctx: Any, *grads: Any) -> Any:
@@ -287,9 +320,10 @@ class _BnAct(torch.autograd.Function):
         running_var: Tensor | None,
         batches: Tensor | None,
         relu: bool,
+        fork: bool,
         momentum: float,
         eps: float,
-    ) -> Tensor:
+    ) -> Any:
         if _jit().whole(*x.shape, x.element_size()):
             y, mean, invstd = _whole(x, residual, weight, bias, running_mean, running_var, batches, relu, momentum, eps)
         else:
@@ -298,27 +332,30 @@ class _BnAct(torch.autograd.Function):
         ctx.save_for_backward(x, y if relu and residual is not None else None, weight, bias, mean, invstd)
         ctx.set_materialize_grads(False)
         ctx.relu, ctx.added = relu, residual is not None
-        return y
+        return (y, y.view_as(y)) if fork else y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, y, weight, bias, mean, invstd = ctx.saved_tensors
-        if grads[0] is None:
-            return (None,) * 10
+        come = [d.contiguous() for d in grads if d is not None]
+        if not come:
+            return (None,) * 11
         need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
-        dy, relu, dx = grads[0].contiguous(), ctx.relu, None
+        need_residual = need_residual and ctx.added
+        dy, dskip, relu, dx = come[0], come[1] if len(come) > 1 else None, ctx.relu, None
+        made = y is not None or dskip is not None  # else the gradient behind the ReLU is dy, or dy and what x tells
         if need_x and _jit().whole(*x.shape, x.element_size()):
-            dx, dweight, dbias, g = _backward_whole(dy, x, y, weight, bias, mean, invstd, relu)
+            keep = need_residual and made
+            dx, dweight, dbias, g = _backward_whole(dy, dskip, x, y, weight, bias, mean, invstd, relu, keep)
         else:
-            dweight, dbias, g = _backward_sums(dy, x, y, weight, bias, mean, invstd, relu)
+            keep = (need_x or need_residual) and made
+            dweight, dbias, g = _backward_sums(dy, dskip, x, y, weight, bias, mean, invstd, relu, keep)
             if need_x:
-                g_or_dy = dy if y is None else g
-                dx = _backward_apply(g_or_dy, x, weight, bias, mean, invstd, dweight, dbias, relu and y is None)
-        dresidual = None if not (ctx.added and need_residual) else dy if y is None else g
+                dx = _backward_apply(g if made else dy, x, weight, bias, mean, invstd, dweight, dbias, relu and not made)
         return (
-            *(dx, dresidual),
+            *(dx, (g if made else dy) if need_residual else None),
             *(_like(dweight, weight) if need_weight else None, _like(dbias, bias) if need_bias else None),
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 
@@ -331,16 +368,27 @@ def _rows(x: Tensor) -> Tensor:
     return (x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) if x.ndim == 4 else x).contiguous()
 
 
-def _triton(x: Tensor, norm: Norm, *, residual: Tensor | None, relu: bool, training: bool, batches: Tensor | None) -> Tensor:
+def _triton(
+    x: Tensor, norm: Norm, *, residual: Tensor | None, relu: bool, training: bool, batches: Tensor | None, fork: bool
+) -> Tensor | tuple[Tensor, Tensor]:
     weight, bias, running_mean, running_var, momentum, eps = norm
     if not all(v is None or v.is_contiguous() for v in (running_mean, running_var)):
         raise ValueError("the running mean and variance are updated in place; expected contiguous ones")
     weight, bias, rows = weight.contiguous(), bias.contiguous(), _rows(x)
     add = None if residual is None else _rows(residual)
-    if training:
-        y = _BnAct.apply(rows, add, weight, bias, running_mean, running_var, batches, relu, momentum, eps)
-    else:
-        y = _eval(rows, add, weight, bias, running_mean, running_var, relu, eps)
+    if not training:
+        y = _maps(x, _eval(rows, add, weight, bias, running_mean, running_var, relu, eps))
+        return (y, y) if fork else y
+    fork_here = fork and (x.ndim == 2 or x.is_contiguous(memory_format=torch.channels_last))  # else each would be copied back
+    out = _BnAct.apply(rows, add, weight, bias, running_mean, running_var, batches, relu, fork_here, momentum, eps)
+    if fork_here:
+        return _maps(x, out[0]), _maps(x, out[1])
+    y = _maps(x, out)
+    return (y, y) if fork else y
+
+
+def _maps(x: Tensor, y: Tensor) -> Tensor:
+    """Rows as the maps they were: a view where x is channels_last."""
     if x.ndim == 2:
         return y
     B, C, H, W = x.shape
@@ -359,14 +407,17 @@ def bn_act(
     relu: bool = True,
     training: bool,
     batches: Tensor | None = None,
-) -> Tensor:
-    """BatchNorm of x, plus `residual`, through a ReLU; x's shape and dtype, channels_last if x is.
+    fork: bool = False,
+) -> Any:
+    """BatchNorm of x, plus `residual`, through a ReLU: y of x's shape and dtype, channels_last if x is; with `fork` (y, skip).
 
     x         (B, C, H, W) or (B, C), bf16, fp16 or fp32. A map that is not channels_last is copied to it and back
     norm      weight and bias (C,); in training the running statistics (contiguous, or None) move by `momentum`, the variance
               unbiased, as nn.BatchNorm2d has it. In eval they are what x is normalised with
     residual  like x, added in front of the ReLU; its gradient is dy behind the ReLU
     batches   () int64, one more each call in training: nn.BatchNorm2d.num_batches_tracked, without a launch of its own
+    fork      skip is y once more, for the next block's residual: no launch and no bytes, but its gradient arrives apart, and
+              backward adds both in fp32 where autograd would add them with a launch of its own, rounded
 
     B = 0 gives an empty result and leaves the running statistics. An x of fp64 and an eval that needs gradients take the
     reference. Double backward is an error except on the reference. Upstream gradients that are not contiguous as rows are
@@ -389,8 +440,7 @@ def bn_act(
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
     learns = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, residual, norm.weight, norm.bias))
     only_reference = x.dtype == torch.float64 or x.numel() == 0 or (learns and not training)
-    options: dict[str, Any] = {"residual": residual, "relu": relu, "training": training, "batches": batches}
+    options: dict[str, Any] = {"residual": residual, "relu": relu, "training": training, "batches": batches, "fork": fork}
     if only_reference:
         return bn_act_reference(x, norm, **options)
-    y: Tensor = run("bn_act", x, bn_act_reference, x, norm, **options)
-    return y
+    return run("bn_act", x, bn_act_reference, x, norm, **options)

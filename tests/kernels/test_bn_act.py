@@ -54,6 +54,24 @@ def test_same_bits_as_the_modules(kind: str, relu: bool, residual: bool, trainin
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("path", ["auto", "reference"])
+def test_a_fork_of_the_reference_is_y_used_twice(path: Any, training: bool) -> None:
+    """Autograd adds, in the order in which it always did."""
+    results = []
+    for fork in (True, False):
+        torch.manual_seed(0)
+        m = nn.BatchNorm2d(5).train(training)
+        x, add = (torch.randn(6, 5, 4, 3, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+        with use(path):
+            out = bn_act(x, norm_of(m), residual=add, training=training, fork=fork)
+        y, skip = out if fork else (out, out)
+        assert y is skip
+        ((y * 3).sum() + y.square().mean() + (skip.exp() * 0.1).sum()).backward()
+        results.append([y, x.grad, add.grad, *(p.grad for p in m.parameters()), *m.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("training", [True, False])
 def test_gradients_of_the_reference(training: bool) -> None:
     x, add = (torch.randn(4, 3, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
     w, b = (torch.rand(3, dtype=torch.float64, requires_grad=True) for _ in range(2))

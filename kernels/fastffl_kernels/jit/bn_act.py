@@ -22,6 +22,7 @@ SUM_C, WHOLE_C, APPLY_C = 32, 16, 64  # channels of a program; 64, 32 and 128 by
 # Programs of a first launch, 5 on each of 132 SMs: 20 KB of loads in flight an SM, and all run at once at 96 registers. Not
 # the device's own number, so that a sum has the same order on every GPU.
 PROGRAMS = 660
+MAXNREG = 96  # of the backward's sums: the compiler, left to itself, spills for a sixth program on an SM
 STEPS = 2  # tiles a program of a first launch reads at least: fewer programs, fewer partials to merge
 # Bytes of one operand that one program of a whole launch reads: 64 KiB three times at the 75 GB/s of one SM cost 2.6 us,
 # about what the second launch costs inside a CUDA graph (performance.md, C4). Not yet measured on a GPU.
@@ -195,9 +196,11 @@ def _forward_tile(x, residual, y, offset, mask, high, low, scale, w, b, RELU: tl
 
 
 @triton.jit
-def _backward_tile(dy, x, y, offset, mask, high, low, scale, w, b, MASK: tl.constexpr):
-    """Gradient behind the ReLU and the normalised input of a tile."""
+def _backward_tile(dy, dskip, x, y, offset, mask, high, low, scale, w, b, MASK: tl.constexpr):
+    """Gradient behind the ReLU, of both uses of y together, and the normalised input of a tile."""
     g = tl.load(dy + offset, mask=mask, other=0.0).to(tl.float32)
+    if dskip is not None:
+        g += tl.load(dskip + offset, mask=mask, other=0.0).to(tl.float32)
     normal = _normal(tl.load(x + offset, mask=mask, other=0.0).to(tl.float32), high, low, scale)
     if MASK == 1:
         g = _open(g, normal * w[None, :] + b[None, :])
@@ -264,10 +267,10 @@ def bn_act_whole(
 
 @triton.jit
 def bn_act_backward_sums(
-    dy, x, y, g, weight, bias, mean, invstd, partial, counter, dweight, dbias, N, per, parts,
+    dy, dskip, x, y, g, weight, bias, mean, invstd, partial, counter, dweight, dbias, N, per, parts,
     MASK: tl.constexpr, C: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dbias = sum g, dweight = sum g (x - mean) / std with g the gradient behind the ReLU, which goes out where y told it."""
+    """dbias = sum g, dweight = sum g (x - mean) / std with g the gradient behind the ReLU, which goes out where it is wanted."""
     block = tl.program_id(0) % BLOCKS
     part = tl.program_id(0) // BLOCKS
     cols = block * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -279,8 +282,8 @@ def bn_act_backward_sums(
     stop = tl.minimum(start + per, N.to(tl.int64))
     for at in range(start, stop, BLOCK_N):
         offset, mask = _tile(at, stop, cols, C, BLOCK_N)
-        d, normal = _backward_tile(dy, x, y, offset, mask, high, low, s, w, b, MASK)
-        if MASK == 2:
+        d, normal = _backward_tile(dy, dskip, x, y, offset, mask, high, low, s, w, b, MASK)
+        if g is not None:
             tl.store(g + offset, d, mask=mask)
         sum_g += d
         sum_gx += d * normal
@@ -304,7 +307,7 @@ def bn_act_backward_apply(
     offset, mask = _tile((tl.program_id(0) // BLOCKS).to(tl.int64) * BLOCK_N, N, cols, C, BLOCK_N)
     high, low, s = _vector(mean, cols, C), _vector(mean + C, cols, C), _vector(invstd, cols, C)
     w, b = _vector(weight, cols, C), _vector(bias, cols, C)
-    d, normal = _backward_tile(g, x, None, offset, mask, high, low, s, w, b, MASK)
+    d, normal = _backward_tile(g, None, x, None, offset, mask, high, low, s, w, b, MASK)
     n = N.to(tl.float32)
     mean_g, mean_gx = _vector(dbias, cols, C) / n, _vector(dweight, cols, C) / n
     tl.store(dx + offset, (d - mean_g[None, :] - normal * mean_gx[None, :]) * (w * s)[None, :], mask=mask)
@@ -312,7 +315,7 @@ def bn_act_backward_apply(
 
 @triton.jit
 def bn_act_backward_whole(
-    dy, x, y, g, dx, weight, bias, mean, invstd, dweight, dbias, N,
+    dy, dskip, x, y, g, dx, weight, bias, mean, invstd, dweight, dbias, N,
     MASK: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -324,7 +327,7 @@ def bn_act_backward_whole(
     N = N.to(tl.int64)
     for at in range(start, N, BLOCK_N):
         offset, mask = _tile(at, N, cols, C, BLOCK_N)
-        d, normal = _backward_tile(dy, x, y, offset, mask, high, low, s, w, b, MASK)
+        d, normal = _backward_tile(dy, dskip, x, y, offset, mask, high, low, s, w, b, MASK)
         sum_g += d
         sum_gx += d * normal
     all_g, all_gx = tl.sum(sum_g, 0), tl.sum(sum_gx, 0)
@@ -333,8 +336,8 @@ def bn_act_backward_whole(
     n = N.to(tl.float32)
     for at in range(start, N, BLOCK_N):
         offset, mask = _tile(at, N, cols, C, BLOCK_N)
-        d, normal = _backward_tile(dy, x, y, offset, mask, high, low, s, w, b, MASK)
-        if MASK == 2:
+        d, normal = _backward_tile(dy, dskip, x, y, offset, mask, high, low, s, w, b, MASK)
+        if g is not None:
             tl.store(g + offset, d, mask=mask)
         tl.store(dx + offset, (d - (all_g / n)[None, :] - normal * (all_gx / n)[None, :]) * (w * s)[None, :], mask=mask)
 
@@ -342,7 +345,7 @@ def bn_act_backward_whole(
 def cases() -> list[Case]:
     """The kernels at a CIFAR stage (128 x 16 x 16 maps of 32 channels) and, whole, at a small late map (32 x 8 x 8 of 64)."""
     types = {
-        **dict.fromkeys(("x", "dy", "g", "y", "residual", "dx"), "map"),
+        **dict.fromkeys(("x", "dy", "dskip", "g", "y", "residual", "dx"), "map"),
         **dict.fromkeys(("partial", "mean", "scale", "invstd", "running_mean", "running_var", "weight", "bias"), "*fp32"),
         **dict.fromkeys(("dweight", "dbias"), "*fp32"),
         **{"counter": "*i32", "batches": "*i64", "momentum": "fp32", "eps": "fp32", "N": "i32", "per": "i32", "parts": "i32"},
@@ -354,9 +357,10 @@ def cases() -> list[Case]:
         constants = {"C": C, "BLOCKS": plan.blocks, "BLOCK_N": plan.block_n, "BLOCK_C": plan.block_c, **flags}
         constants = {k: v for k, v in constants.items() if k in kernel.arg_names} | dict.fromkeys(absent)
         signature = {k: "constexpr" if k in constants else types[k] for k in kernel.arg_names}
-        return Case(
-            f"{name} C={C} {dtype[1:]}", kernel, {k: dtype if v == "map" else v for k, v in signature.items()}, constants, WARPS
-        )
+
+        signature = {k: dtype if v == "map" else v for k, v in signature.items()}
+        most = MAXNREG if kernel is bn_act_backward_sums else None
+        return Case(f"{name} C={C} {dtype[1:]}", kernel, signature, constants, WARPS, maxnreg=most)
 
     rows, C = 128 * 16 * 16, 32
     stats, sums, apply = sums_plan(rows, C, 2, TILE), sums_plan(rows, C, 2, SUMS_TILE), apply_plan(rows, C)
@@ -368,9 +372,15 @@ def cases() -> list[Case]:
         case("apply+add+relu", bn_act_apply, apply, C, RELU=True, EVAL=False),
         case("eval relu", bn_act_apply, apply, C, absent=("residual",), RELU=True, EVAL=True),
         case("whole+add+relu", bn_act_whole, whole, 64, RELU=True),
-        case("sums, mask from x", bn_act_backward_sums, sums, C, absent=("y", "g"), MASK=FROM_X),
-        case("sums, mask from y", bn_act_backward_sums, sums, C, MASK=FROM_Y),
+        case("sums, mask from x", bn_act_backward_sums, sums, C, absent=("dskip", "y", "g"), MASK=FROM_X),
+        case("sums, mask from y", bn_act_backward_sums, sums, C, absent=("dskip",), MASK=FROM_Y),
+        case("sums of a fork, mask from x", bn_act_backward_sums, sums, C, absent=("y",), MASK=FROM_X),
+        case("sums of a fork, mask from y", bn_act_backward_sums, sums, C, MASK=FROM_Y),
+        case("sums of a fork, mask from y", bn_act_backward_sums, sums, C, "*fp32", MASK=FROM_Y),
         case("backward apply, mask from x", bn_act_backward_apply, apply, C, MASK=FROM_X),
-        case("backward whole, mask from y", bn_act_backward_whole, back, 64, MASK=FROM_Y),
-        case("backward whole, mask from x", bn_act_backward_whole, back, 64, "*fp32", ("y", "g"), MASK=FROM_X),
+        case("backward apply, no mask", bn_act_backward_apply, apply, C, MASK=NO_MASK),
+        case("backward whole, mask from y", bn_act_backward_whole, back, 64, absent=("dskip",), MASK=FROM_Y),
+        case("backward whole, mask from x", bn_act_backward_whole, back, 64, "*fp32", ("dskip", "y", "g"), MASK=FROM_X),
+        case("backward whole of a fork, mask from y", bn_act_backward_whole, back, 64, MASK=FROM_Y),
+        case("backward whole of a fork, mask from x", bn_act_backward_whole, back, 64, absent=("y", "g"), MASK=FROM_X),
     ]
