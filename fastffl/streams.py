@@ -14,21 +14,23 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+_made: dict[tuple[torch.device, Any], Any] = {}  # for good: torch gives out 32 streams in turn, then the first ones again
+
+
 class Streams:
     """The streams of one CUDA device. Tests put a recorder in its place."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._side: dict[Any, Any] = {}
 
     def current(self) -> Any:
         return torch.cuda.current_stream(self.device)
 
     def side(self, name: Any) -> Any:
         """The side stream of that name, made when first asked for."""
-        if name not in self._side:
-            self._side[name] = torch.cuda.Stream(self.device)
-        return self._side[name]
+        if (self.device, name) not in _made:
+            _made[self.device, name] = torch.cuda.Stream(self.device)
+        return _made[self.device, name]
 
     def use(self, stream: Any) -> AbstractContextManager[Any]:
         return torch.cuda.stream(stream)

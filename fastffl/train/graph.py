@@ -5,7 +5,9 @@ captured, where there are branches in two styles, serial and parallel; both take
 and the faster one is kept. What can't be captured runs eagerly for ever, and `reason` says why.
 """
 
+import copy
 import gc
+import os
 import random
 import statistics
 import warnings
@@ -18,11 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastffl_kernels import _launch
+
 from ..data import Source
 from ..evaluation import Scorer, evaluate
 from ..streams import Branches, Streams, apart
 from ..values import Batch
 from .device import Plan
+from .randomness import rng_state, set_rng_state
 from .step import Step
 
 Style = Literal["serial", "parallel"]
@@ -216,6 +221,32 @@ class Graphed:
         return kept if self.speedup is None else f"{kept} (in parallel {self.speedup:.2f} x as fast)"
 
 
+def prime(step: Step, x: Tensor, y: Tensor) -> int:
+    """Compile all kernels of a step side by side before its first one needs them one by one; how many launches it has.
+
+    The step is taken without its kernels, which also lets the library choose its convolutions, and then everything it changed
+    is put back.
+    """
+    saved, random_state = copy.deepcopy(step.state()), rng_state()
+    with _launch.noted() as seen:
+        try:
+            step.update(x, y)
+        except Exception:  # of a net that can't bear what a missing kernel left; a real fault comes again in the first step
+            seen.clear()
+    for p in step.learner.parameters():
+        p.grad = None
+    step.optimizer.zero_grad(set_to_none=True)
+    step.load(saved)
+    set_rng_state(random_state)
+    _launch.compile_all(seen, _threads())
+    return len(seen)
+
+
+def _threads() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, cores)
+
+
 class Stepper:
     """A Step as the trainer runs it: called with a Batch, captured where that can be.
 
@@ -233,7 +264,7 @@ class Stepper:
         say: Callable[[str], None] | None = None,
         backend: Any = None,
     ):
-        self.step = step
+        self.step, self._primed = step, False
         self._why = ""
         self._graphed: Graphed | None = None
         if not graph:
@@ -248,6 +279,9 @@ class Stepper:
         self._graphed = Graphed(step.update, backend or Cuda(), branches=cohort.branches, asked=streams, say=say)
 
     def __call__(self, batch: Batch) -> None:
+        if batch.x.is_cuda and not self._primed:
+            prime(self.step, batch.x, batch.y)
+        self._primed = True
         if self._graphed is None:
             self.step(batch)
         else:
@@ -279,11 +313,18 @@ class Evaluator:
         self.model.amp_dtype = where.dtype
         self._scorer = Scorer(self.model)
         self._lowered = nullcontext if step.average else step.lowered
+        self._primed = False
         self.add: Callable[[Tensor, Tensor], None] = self._add
         if graph and (where.device.type == "cuda" or backend):
             self.add = Graphed(self._add, backend or Cuda(), what="evaluation")
 
     def _add(self, x: Tensor, y: Tensor) -> None:
+        if x.is_cuda and not self._primed:
+            self._primed = True
+            with _launch.noted() as seen, self._lowered():
+                self._scorer.add(x, y)
+            self._scorer.clear()  # it was the first batch
+            _launch.compile_all(seen, _threads())
         with self._lowered():
             self._scorer.add(x, y)
 

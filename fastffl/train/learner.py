@@ -102,7 +102,7 @@ class Learner(nn.Module):
         return self.method.graph
 
     def _autocast(self, x: Tensor) -> AbstractContextManager[None]:
-        if self.amp_dtype is None:
+        if self.amp_dtype is None or x.is_meta:  # torch casts no tensors without data; operations are counted on those
             return nullcontext()
         return torch.autocast(x.device.type, self.amp_dtype)
 

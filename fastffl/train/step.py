@@ -39,7 +39,8 @@ class NormBuffers:
             mine = [(m, k, b) for m, k, b in slots if b.dtype == dtype]
             flat = torch.cat([b.reshape(-1) for _, _, b in mine])
             for (m, k, b), view in zip(mine, flat.split([b.numel() for _, _, b in mine]), strict=True):
-                m._buffers[k] = view.view(b.shape)
+                # .data: a version of its own, else autograd takes one norm's update for a change of all that others saved
+                m._buffers[k] = view.view(b.shape).data
             self.flat.append(flat)
 
     def save(self) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """How the ops allocate, launch and count. Every output comes from `empty`, every kernel goes through `launch`."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
@@ -45,6 +46,56 @@ def recorded() -> Iterator[list[Launch]]:
         _recorders.remove(seen)
 
 
+class Noted(NamedTuple):
+    """A launch that was not made: enough of it to compile its kernel."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    device: torch.device
+    args: tuple[Any, ...]
+    named: dict[str, Any]
+
+
+_noting: list[list[Noted]] = []
+
+
+@contextmanager
+def noted() -> Iterator[list[Noted]]:
+    """Inside the block kernels are noted and not run: what they were to write stays uninitialised. See `compile_all`."""
+    seen: list[Noted] = []
+    _noting.append(seen)
+    try:
+        yield seen
+    finally:
+        _noting.remove(seen)
+
+
+def _like(arg: Any) -> Any:
+    """What a kernel is compiled by: a tensor's type and alignment; its memory is not kept."""
+    from triton.runtime.jit import MockTensor
+
+    if isinstance(arg, (tuple, list)):
+        return type(arg)(_like(a) for a in arg)
+    if not isinstance(arg, Tensor):
+        return arg
+    like, address = MockTensor(arg.dtype), arg.data_ptr()
+    like.data_ptr = lambda: address
+    return like
+
+
+def compile_all(launches: list[Noted], threads: int) -> None:
+    """Compile the kernels of noted launches, each once, in threads: a first step has about 35, most of a second each.
+
+    A kernel that can't be compiled is left to its launch, which says why.
+    """
+    from triton import AsyncCompileMode
+
+    with ThreadPoolExecutor(threads) as executor, AsyncCompileMode(executor, ignore_errors=True):
+        for kernel, grid, device, args, named in launches:
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                kernel.warmup(*args, grid=grid, **named)
+
+
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised contiguous tensor. Tests replace this function to put guard bands round every output."""
     return torch.empty(shape, dtype=dtype, device=device)
@@ -68,11 +119,15 @@ def launch(
         return
     for seen in _recorders:
         seen.append(Launch(kernel.__name__, grid))
+    named |= {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    if maxnreg is not None:
+        named["maxnreg"] = maxnreg
+    if _noting:
+        _noting[-1].append(Noted(kernel, grid, device, _like(args), {k: _like(v) for k, v in named.items()}))
+        return
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        if maxnreg is not None:
-            named["maxnreg"] = maxnreg
         try:
-            kernel[grid](*args, **named, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+            kernel[grid](*args, **named)
         except _compile_errors() as error:
             what = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
             raise KernelUnavailable(f"the kernel {kernel.__name__} can't be compiled for {device} ({what})") from error

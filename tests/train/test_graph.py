@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastffl.streams import Branches
 from fastffl.train import Plan, optim
-from fastffl.train.graph import SHAPES, TRIALS, WARM, Evaluator, Graphed, Stepper, computing
+from fastffl.train.graph import SHAPES, TRIALS, WARM, Evaluator, Graphed, Stepper, computing, prime
 from fastffl.train.step import Step
 from fastffl.values import Batch
 from tests.train import tiny
@@ -256,3 +256,34 @@ def test_a_batch_is_what_a_stepper_takes() -> None:
     x, y, at = batch()
     run(Batch(x, y, at))
     assert int(step.meters.rows) == 8
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"ema__decay": 0.9, "optim__clip": 0.5}, {"optim__name": "adamw", "optim__lr": 1e-3}],
+    ids=["plain", "ema+clip", "adamw"],
+)
+@pytest.mark.parametrize("before", [0, 2])
+def test_priming_leaves_no_trace(changes: dict[str, Any], before: int) -> None:
+    """Here without kernels to leave out: a whole step is taken, dropout's draws included, and put back."""
+    made, ends = tiny.recipe(**changes), []
+    for primed in (False, True):
+        learner = tiny.learner(drop=0.3)
+        learner.train()
+        step = Step(learner, optim.build(learner, made.optim, True), made, CPU)
+        torch.manual_seed(7)
+        for k in range(before):
+            step(batch(at=8 * k))
+        if primed:
+            assert prime(step, *batch(at=3)[:2]) == 0, "no launch without Triton"
+        for k in range(3):
+            step(batch(at=8 * k))
+        ends.append(whole(step))
+    assert ends[0] == ends[1]
+
+
+def test_priming_survives_a_net_that_does_not() -> None:
+    _, step, _, _ = steps_of({})
+    before = whole(step)
+    x, y, _ = batch()
+    assert prime(step, x[:, :, :, :0], y) == 0 and whole(step) == before
