@@ -7,8 +7,10 @@ checks    the step on the device against the CPU, bf16 and fp16, no host read (t
           2^31 elements, graph replays, repeats. One row each, `ok` or the reason
 kernels   `fastffl bench kernels`, an op at a time: DIR/kernels.jsonl, kernels.svg and the table of goals
 sanitize  compute-sanitizer over 60 random cases of each op, where it is installed
-step      bench/train.py: the FFL step against the authors' code (--official)
-train     ffl-cifar100-resnet32 --amp and its twin (--data), each resumed from DIR/runs where an earlier call stopped
+graph     bench/graphchecks.py: the captured step equals the eager one, hand-overs between streams, evaluation, memory
+step      `fastffl bench train`, all cases, the authors' code with --official: DIR/step.jsonl and the table of goals
+train     ffl-cifar100-resnet32 --amp and its twin (--data), each resumed from DIR/runs where an earlier call stopped; when one
+          is done its row, wall time and errors beside the published ones, joins DIR/step.jsonl
 
 Rows are appended to DIR/gpu.jsonl as they come. Each block ends by itself when --minutes are over; a block that fails
 writes its reason and the next one runs. Every op runs in a process of its own, since an illegal access ends all later CUDA
@@ -16,6 +18,7 @@ calls of its process. --smoke walks through all of it on the CPU with tiny sizes
 """
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -25,6 +28,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +36,8 @@ import torch
 
 import fastffl_kernels
 from fastffl import recipes
+from fastffl.bench import cases, problems, roofline, timing
 from fastffl.bench import kernels as benched
-from fastffl.bench import problems, roofline, timing
 from fastffl.bench.problems import FULL
 from fastffl.bench.timing import ROOT, circumstances, read, write
 from fastffl.data import Place, source
@@ -140,7 +144,7 @@ def check_kernels_on_off(device: str, steps: int) -> Row:
 
 
 # What an op gets of a block's time: the loss and the fusion module have most to compile, of ours and of rivals.
-SHARES = {"distill_graph": 0.38, "fuse_conv": 0.4, "bn_act": 0.12, "augment": 0.05, "sgd_flat": 0.05}
+SHARES = {"distill_graph": 0.37, "fuse_conv": 0.38, "bn_act": 0.12, "augment": 0.05, "guard": 0.03, "sgd_flat": 0.05}
 
 
 def part(ops: list[str], k: int) -> float:
@@ -179,18 +183,19 @@ def checks(args: argparse.Namespace, emit: Callable[..., None]) -> None:
         emit("checks", op, ok=code == 0, exit_code=code)
 
 
-def run_for(command: list[str], seconds: float, grace: float = 60, **environment: str) -> int:
+def run_for(command: list[str], seconds: float, grace: float = 60, stdout: Path | None = None, **environment: str) -> int:
     """Run a command; after `seconds` it is asked to save and stop (SIGTERM), after `grace` more it is killed. Its exit code."""
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment})
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)
-    try:
-        return process.wait(grace)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
+    with stdout.open("w") if stdout else nullcontext() as said:
+        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=said)
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)
+        try:
+            return process.wait(grace)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
 
 
 def kernels(args: argparse.Namespace, emit: Callable[..., None]) -> None:
@@ -235,14 +240,24 @@ def sanitize(args: argparse.Namespace, emit: Callable[..., None]) -> None:
             emit("sanitize", f"{op} {tool}", ok=code == 0, exit_code=code)
 
 
+def graph(args: argparse.Namespace, emit: Callable[..., None]) -> None:
+    command = [sys.executable, "bench/graphchecks.py", "--out", str(args.out / "gpu.jsonl"), *(["--smoke"] if args.smoke else [])]
+    code = run_for(command, 60 * args.minutes, grace=5)
+    emit("graph", "all checks", ok=code == 0, exit_code=code)
+
+
 def step(args: argparse.Namespace, emit: Callable[..., None]) -> None:
-    if not args.official:
-        emit("step", "against the authors' code", ok=False, error="no --official DIR given")
-        return
-    rounds = "1" if args.smoke else "60"
-    command = [sys.executable, "bench/train.py", "--official", str(args.official), "--rounds", rounds]
-    code = run_for([*command, "--out", str(args.out / "train.jsonl")], 60 * args.minutes)
-    emit("step", "against the authors' code", ok=code == 0, rows="train.jsonl")
+    out = args.out / "step.jsonl"
+    command = [sys.executable, "-m", "fastffl", "bench", "train", "--out", str(out), "--minutes", f"{args.minutes:.2f}"]
+    command += ["--official", str(args.official)] if args.official else []
+    command += ["--device", "cpu", "--quick", "--case", "resnet8x2-32"] if args.smoke else ["--device", "cuda"]
+    code = run_for(command, 60 * args.minutes + 300, grace=5)  # the last compilation may still be under way
+    met = [m.met for m in cases.goals(read(out) if out.is_file() else [])]
+    counts = {word: met.count(word) for word in ("yes", "no", "unmeasured")}
+    emit("step", "fastffl bench train", ok=code == 0 and not counts["no"], exit_code=code, rows="step.jsonl", **counts)
+
+
+PUBLISHED = {"fused": "25.56 +- 0.32", "p0": "27.06 +- 0.34", "p1": "27.06 +- 0.34"}  # errors, FFL slides
 
 
 def train(args: argparse.Namespace, emit: Callable[..., None]) -> None:
@@ -251,8 +266,8 @@ def train(args: argparse.Namespace, emit: Callable[..., None]) -> None:
         return
     end = time.monotonic() + 60 * args.minutes
     for name in ("ffl-cifar100-resnet32", "none-ffl-cifar100-resnet32"):
-        run = args.out / "runs" / name
-        command = [sys.executable, "-m", "fastffl", "train", "--amp", name, "--out", str(run)]
+        run, spent = args.out / "runs" / name, args.out / "runs" / f"{name}.seconds"
+        command = [sys.executable, "-m", "fastffl", "train", "--amp", name, "--out", str(run), "--json"]
         if args.smoke:
             command += ["--set", "data.loader=synthetic", "--model", "resnet8,resnet8", "--epochs", "1"]
             command += ["--set", "run.max_steps=2", "--set", "data.samples=256"]
@@ -262,8 +277,35 @@ def train(args: argparse.Namespace, emit: Callable[..., None]) -> None:
         if left < 30:
             emit("train", name, ok=False, error="out of time before it began; call again to go on")
             continue
-        code = run_for(command, left)
-        emit("train", name, ok=code == 0, exit_code=code, run=f"runs/{name}")
+        spent.parent.mkdir(parents=True, exist_ok=True)
+        begin, said = time.monotonic(), args.out / "runs" / f"{name}.json"
+        done = said.is_file() and said.read_text().strip() != ""  # nothing is printed before a run is finished
+        code = 0 if done else run_for(command, left, stdout=said)
+        seconds = float(spent.read_text()) if spent.is_file() else 0.0
+        seconds += 0 if done else time.monotonic() - begin
+        spent.write_text(f"{seconds:.2f}")  # of all calls so far: start, data, capture, epochs and evaluations
+        emit("train", name, ok=code == 0, exit_code=code, run=f"runs/{name}", seconds=seconds)
+        if code == 0 and not done:
+            write(
+                args.out / "step.jsonl", [outcome(name, json.loads(said.read_text()), seconds, not args.smoke)], circumstances()
+            )
+
+
+def outcome(name: str, result: Row, seconds: float, cuda: bool) -> Row:
+    """The row of a finished run: wall seconds, last-epoch error (%) of every vote, the published ones beside it."""
+    errors = {vote: round(100 - r["last"], 2) for vote, r in result["results"].items()}
+    published = PUBLISHED if not name.startswith("none-") else {}
+    facts = {k: result[k] for k in ("epochs", "steps", "seed", "img_s", "digest")}
+    row = {"kind": "run", "case": name, "variant": result["method"], "group": "ours", "cuda": cuda, "state": "ok"}
+    return {
+        **row,
+        "ms": 1e3 * seconds,
+        "seconds": seconds,
+        "train_s": result["seconds"],
+        "error": errors,
+        "published": published,
+        **facts,
+    }
 
 
 def main() -> None:
@@ -271,7 +313,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--official", type=Path)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--only", default="checks,kernels,sanitize,step,train")
+    parser.add_argument("--only", default="checks,graph,kernels,sanitize,step,train")
     parser.add_argument("--ops", default=",".join(FULL), help="of the blocks checks, kernels and sanitize")
     parser.add_argument("--minutes", type=float, default=9.0, help="for each block")
     parser.add_argument("--smoke", action="store_true")
@@ -293,7 +335,7 @@ def main() -> None:
         write(args.out / "gpu.jsonl", [row], facts)
         print(row, flush=True)
 
-    blocks = {"checks": checks, "kernels": kernels, "sanitize": sanitize, "step": step, "train": train}
+    blocks = {"checks": checks, "graph": graph, "kernels": kernels, "sanitize": sanitize, "step": step, "train": train}
     for name in args.only.split(","):
         if name not in blocks:
             sys.exit(f"error: --only {name}: expected some of {', '.join(blocks)}")
