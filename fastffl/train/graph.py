@@ -264,7 +264,7 @@ class Stepper:
         say: Callable[[str], None] | None = None,
         backend: Any = None,
     ):
-        self.step, self._primed = step, False
+        self.step, self.backend, self._primed = step, backend, False
         self._why = ""
         self._graphed: Graphed | None = None
         if not graph:
@@ -276,7 +276,8 @@ class Stepper:
         cohort = step.learner.cohort
         if len(cohort.names) > 1:
             cohort.branches = Branches(Streams(where.device))
-        self._graphed = Graphed(step.update, backend or Cuda(), branches=cohort.branches, asked=streams, say=say)
+        self.backend = backend or Cuda()
+        self._graphed = Graphed(step.update, self.backend, branches=cohort.branches, asked=streams, say=say)
 
     def __call__(self, batch: Batch) -> None:
         if batch.x.is_cuda and not self._primed:
@@ -306,7 +307,10 @@ class Stepper:
 
 
 class Evaluator:
-    """Scores the learner of a step, or its moving average, after an epoch; captured where that can be."""
+    """Scores the learner of a step, or its moving average, after an epoch; captured where that can be.
+
+    backend   the Stepper's, whose graphs' memory it then shares
+    """
 
     def __init__(self, step: Step, where: Plan, *, graph: bool = True, backend: Any = None):
         self.model = step.average.model if step.average else step.learner

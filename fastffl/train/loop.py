@@ -62,7 +62,7 @@ class Trainer:
         self.step = Step(learner, self.optimizer, recipe, plan.device)
         graph = recipe.run.graph == "auto"
         self.stepper = Stepper(self.step, plan, streams=recipe.run.streams, graph=graph, say=self._say)
-        self.evaluator = Evaluator(self.step, plan, graph=graph)
+        self.evaluator = Evaluator(self.step, plan, graph=graph, backend=self.stepper.backend)
         self.streams = Streams(plan.device) if plan.device.type == "cuda" else None
         self.batch_size = recipe.data.batch_size
         self.steps = -(-data.samples("train") // self.batch_size)  # per epoch, the short last batch included

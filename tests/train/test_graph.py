@@ -1,8 +1,10 @@
 """Capture and replay with a stand-in for CUDA: what runs when, on which tensors, and what happens where it can't."""
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -287,3 +289,25 @@ def test_priming_survives_a_net_that_does_not() -> None:
     before = whole(step)
     x, y, _ = batch()
     assert prime(step, x[:, :, :, :0], y) == 0 and whole(step) == before
+
+
+def resident() -> int:
+    """Bytes of memory this process has in use."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_two_thousand_steps_grow_host_memory_by_less_than_8_mb() -> None:
+    _, step, run, fake = steps_of({"ema__decay": 0.9}, streams="off")
+    batches = [batch(8, 0), batch(4, 3)]
+
+    def steps(n: int) -> None:
+        for k in range(n):
+            step.rate(0.01 / (k + 1))
+            run(batches[k % 7 == 6])
+
+    steps(300)
+    before = resident()
+    steps(2000)
+    assert resident() - before < 8 << 20
+    assert fake.captures == 2 and fake.replays > 2000
