@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastffl_kernels import _launch
@@ -23,6 +24,18 @@ def launches(func: Any, args: tuple[Any, ...]) -> int:
     return sum(args[-1][:2]) if name == "convolution_backward" else 1
 
 
+def as_on_a_gpu(func: Any, args: tuple[Any, ...], out: Any) -> Any:
+    """A convolution's result is channels_last where an operand is; torch forgets it on meta, and copies would be counted."""
+    if func._schema.name not in ("aten::convolution", "aten::convolution_backward"):
+        return out
+    maps = args[:2] if func._schema.name == "aten::convolution" else args[:3]
+    if all(x.ndim != 4 or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last) for x in maps):
+        return out
+    if isinstance(out, torch.Tensor):
+        return out.contiguous(memory_format=torch.channels_last)
+    return tuple(x.contiguous(memory_format=torch.channels_last) if x is not None and x.ndim == 4 else x for x in out)
+
+
 class OpCount(TorchDispatchMode):
     """Inside the block, `kernels[name]` counts launches by the name of what makes them ("aten::add_", "fastffl::bn_act_stats");
     `total` is their sum, `aten` what is torch's own. What autograd runs in backward is counted too."""
@@ -35,7 +48,7 @@ class OpCount(TorchDispatchMode):
         n = launches(func, args)
         if n:
             self.kernels[func._schema.name] += n
-        return func(*args, **(kwargs or {}))
+        return as_on_a_gpu(func, args, func(*args, **(kwargs or {})))
 
     @property
     def total(self) -> int:

@@ -21,7 +21,7 @@ class Fused(nn.BatchNorm2d):
 
     then_relu = False
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False, fork: bool = False) -> Any:
         self._check_input_dim(input)
         assert self.momentum is not None  # else `fuse_norms` leaves it alone
         norm = Norm(self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps)
@@ -32,6 +32,7 @@ class Fused(nn.BatchNorm2d):
             relu=relu or self.then_relu,
             training=self.training,
             batches=self.num_batches_tracked if self.training else None,
+            fork=fork,
         )
 
 
@@ -65,8 +66,17 @@ def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
     return F.relu(h, inplace=True)
 
 
-def _hooked(part: nn.Module) -> bool:
-    return bool(part._forward_hooks or part._forward_pre_hooks)
+def norm_relu_fork(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The same twice, for two uses: where the norm is fused, their gradients are added in its backward."""
+    if isinstance(norm, Fused) and not hooked(norm):
+        return norm(x, residual, relu=True, fork=True)
+    h = norm_relu(norm, x, residual)
+    return h, h
+
+
+def hooked(part: nn.Module) -> bool:
+    """Whether somebody listens to what goes in or out, forward or backward."""
+    return bool(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
 
 
 def _plain(norm: nn.Module) -> bool:
@@ -78,7 +88,7 @@ def _plain(norm: nn.Module) -> bool:
         and norm.track_running_stats
         and norm.running_mean is not None
         and norm.momentum is not None
-        and not _hooked(norm)
+        and not hooked(norm)
     )
 
 
@@ -124,7 +134,7 @@ def fuse_norms(net: nn.Module) -> int:
     for parent in list(net.modules()):
         for first, second in _pairs(parent):
             norm, relu = parent._modules[first], parent._modules[second]  # type: ignore[assignment]
-            if type(norm) is FusedBatchNorm2d and ways[id(norm)] == 1 and type(relu) is nn.ReLU and not _hooked(relu):
+            if type(norm) is FusedBatchNorm2d and ways[id(norm)] == 1 and type(relu) is nn.ReLU and not hooked(relu):
                 norm.then_relu = True
                 parent._modules[second] = nn.Identity()
     return count

@@ -4,13 +4,15 @@
 "resnet110" is the basic-block net (1.74 M parameters at 100 classes), not the bottleneck nets other papers call so.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from .fused_norm import norm_relu
+from .fused_norm import hooked, norm_relu, norm_relu_fork
 
 
 class Block(nn.Module):
-    """conv-BN-ReLU-conv-BN + shortcut, ReLU."""
+    """conv-BN-ReLU-conv-BN + shortcut, ReLU. `skip` is x once more, for the shortcut; with `fork` what comes out comes so too."""
 
     def __init__(self, d_in: int, d: int, stride: int):
         super().__init__()
@@ -22,9 +24,24 @@ class Block(nn.Module):
         if stride != 1 or d_in != d:
             self.downsample = nn.Sequential(nn.Conv2d(d_in, d, 1, stride, bias=False), nn.BatchNorm2d(d))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor | None = None, fork: bool = False) -> Any:
+        skip = x if skip is None else skip
         h = self.conv2(norm_relu(self.bn1, self.conv1(x)))
-        return norm_relu(self.bn2, h, x if self.downsample is None else self.downsample(x))
+        residual = skip if self.downsample is None else self.downsample(skip)
+        return (norm_relu_fork if fork else norm_relu)(self.bn2, h, residual)
+
+
+def through(stages: tuple[nn.Module, ...], x: Tensor, skip: Tensor) -> Tensor:
+    """Stages one after the other. Between blocks a map goes on in two, so that the gradients of its two uses are added in a
+    norm's backward; where somebody listens to a stage or a block, or put something else in its place, it goes on in one."""
+    blocks = [block for stage in stages if type(stage) is nn.Sequential for block in stage]
+    if any(type(s) is not nn.Sequential or hooked(s) for s in stages) or any(type(b) is not Block or hooked(b) for b in blocks):
+        for stage in stages:
+            x = stage(x)
+        return x
+    for block in blocks[:-1]:
+        x, skip = block(x, skip, fork=True)
+    return blocks[-1](x, skip)
 
 
 class ResNet(nn.Module):
@@ -50,10 +67,10 @@ class ResNet(nn.Module):
         return nn.Sequential(Block(d_in, d, stride), *[Block(d, d, 1) for _ in range(m - 1)])
 
     def stem(self, x: Tensor) -> Tensor:
-        return self.layer2(self.layer1(norm_relu(self.bn1, self.conv1(x))))
+        return through((self.layer1, self.layer2), *norm_relu_fork(self.bn1, self.conv1(x)))
 
     def tail(self, h: Tensor) -> Tensor:
-        return self.layer3(h)
+        return through((self.layer3,), h, h)
 
     def classify(self, f: Tensor) -> Tensor:
         return self.fc(f.mean((2, 3)))

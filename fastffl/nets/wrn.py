@@ -5,7 +5,7 @@ The feature map for fusion is taken after the final BN and ReLU.
 
 from torch import Tensor, nn
 
-from .fused_norm import norm_relu
+from .fused_norm import norm_relu, norm_relu_fork
 from .resnet import init_convs
 
 
@@ -21,9 +21,9 @@ class WideBlock(nn.Module):
         self.shortcut = nn.Conv2d(d_in, d, 1, stride, bias=False) if d_in != d or stride != 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        a = norm_relu(self.bn1, x)
+        a, skip = norm_relu_fork(self.bn1, x) if self.shortcut is not None else (norm_relu(self.bn1, x), x)
         h = self.conv2(norm_relu(self.bn2, self.conv1(a)))
-        h += x if self.shortcut is None else self.shortcut(a)  # in place: backward of conv does not need its output
+        h += skip if self.shortcut is None else self.shortcut(skip)  # in place: backward of conv does not need its output
         return h
 
 

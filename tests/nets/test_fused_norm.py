@@ -6,10 +6,12 @@ import io
 import pytest
 import timm
 import torch
+from opcount import OpCount
 from torch import Tensor, nn
 
 from fastffl import nets
 from fastffl.nets.fused_norm import Fused, FusedBatchNorm2d, fuse_norms, norm_relu
+from fastffl_kernels import use
 from fastffl_kernels._launch import Norm
 
 # net -> (norms fused, of those with the ReLU inside); our own blocks ask for the ReLU in the call
@@ -186,6 +188,66 @@ def test_norm_relu_is_one_call_of_a_fused_norm(monkeypatch: pytest.MonkeyPatch) 
     norm = FusedBatchNorm2d(3)
     x = torch.randn(2, 3, 4, 4)
     assert torch.equal(norm_relu(norm, x, x), torch.relu(nn.BatchNorm2d(3)(x) + x))
+
+
+def additions(net: nn.Module, size: int = 32) -> int:
+    """Of gradients, in a training step's forward and backward on a GPU."""
+    net = net.to("meta", memory_format=torch.channels_last).train()
+    x = torch.empty(4, 3, size, size, device="meta").contiguous(memory_format=torch.channels_last)
+    with use("triton"), OpCount() as seen:
+        net(x).sum().backward()
+    return seen.kernels["aten::add"]
+
+
+@pytest.mark.parametrize("depth", [20, 32])
+def test_gradients_of_residuals_are_added_in_the_norms(depth: int) -> None:
+    """Torch adds one pair a block; here only that where the net is cut, whose map arrives at the tail as one."""
+    pytest.importorskip("triton")
+    blocks = (depth - 2) // 2
+    plain, fused, heard = (build(f"resnet{depth}") for _ in range(3))
+    fuse_norms(fused)
+    fuse_norms(heard)
+    heard.layer2.register_forward_hook(lambda *_: None)
+    assert additions(plain) == blocks and additions(fused) == 1
+    assert additions(heard) == 2 * blocks // 3 + 1  # layer3 goes on in pairs
+
+
+def test_wide_nets_add_in_the_norms_where_the_shape_changes() -> None:
+    """Elsewhere a residual goes round its block's norms, and its gradient meets that of the first norm's input."""
+    pytest.importorskip("triton")
+    plain, fused = build("wrn16_2"), build("wrn16_2")
+    fuse_norms(fused)
+    assert additions(plain) == 6 and additions(fused) == 3
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_who_listens_to_blocks_and_stages_sees_maps(fused: bool) -> None:
+    """Hooks get one tensor, as ever, and nothing else changes for them being there."""
+    net, same_net = build("resnet20"), build("resnet20")
+    if fused:
+        assert fuse_norms(net) == fuse_norms(same_net)
+    seen: dict[str, tuple[int, ...]] = {}
+    for name in ("layer1", "layer1.0", "layer2.1", "layer3", "layer3.2", "bn1"):
+        part = net.get_submodule(name)
+        part.register_forward_hook(lambda m, args, out, name=name: seen.update({name: tuple(out.shape)}))
+        part.register_full_backward_hook(lambda m, d_in, d_out: None) if name == "layer3.2" else None
+    x, dy = torch.randn(2, 3, 16, 16), torch.randn(2, 5)
+    same(run(net, x, dy), run(same_net, x, dy))
+    assert seen == {
+        **{"bn1": (2, 16, 16, 16), "layer1": (2, 16, 16, 16), "layer1.0": (2, 16, 16, 16), "layer2.1": (2, 32, 8, 8)},
+        **{"layer3": (2, 64, 4, 4), "layer3.2": (2, 64, 4, 4)},
+    }
+
+
+def test_blocks_stand_alone() -> None:
+    net = build("resnet8")
+    fuse_norms(net)
+    x = torch.randn(2, 3, 8, 8)
+    stem = torch.relu(net.bn1(net.conv1(x)))
+    alone = nn.Sequential(net.layer1, net.layer2, *net.layer3)(stem)
+    assert torch.equal(alone, net.train().tail(net.layer2(net.layer1[0](stem))))
+    net.layer2 = nn.Identity()  # somebody else's stage
+    assert net.stem(x).shape == (2, 16, 8, 8)
 
 
 @pytest.mark.parametrize("wrong", ["momentum", "count", "relu", "residual"])
