@@ -14,12 +14,12 @@ RENAME = ("squeeze_", "unsqueeze_", "transpose_", "t_", "detach_", "as_strided_"
 
 
 def launches(func: Any, args: tuple[Any, ...]) -> int:
-    """Kernels of one call: 0 for views and allocations, a custom op's entry in LAUNCHES (KeyError without one), the wanted
-    gradients of data and weight for a convolution's backward, else 1. A list operation is one, however many tensors."""
+    """Kernels of one call: 0 for views, allocations and the profiler's marks, a custom op's entry in LAUNCHES (KeyError without
+    one), the wanted gradients of data and weight for a convolution's backward, else 1, also for lists of any length."""
     space, name = func._schema.name.split("::")
     if space == "fastffl":
         return _launch.LAUNCHES[func._schema.name]
-    if func.is_view or name in ALLOCATE or name in RENAME:
+    if space == "profiler" or func.is_view or name in ALLOCATE or name in RENAME:
         return 0
     return sum(args[-1][:2]) if name == "convolution_backward" else 1
 

@@ -42,7 +42,7 @@ def fuse_conv_reference(
     """The module in plain torch: the CPU path, the oracle of the tests and the benchmark's baseline. Saves what torch saves,
     with `recompute` too."""
     f = torch.cat(maps, 1)
-    if not torch.is_autocast_enabled(f.device.type):  # autocast has casts of its own
+    if f.is_meta or not torch.is_autocast_enabled(f.device.type):  # autocast has casts of its own
         dw_weight, pw_weight = dw_weight.to(f.dtype), pw_weight.to(f.dtype)
         fc_weight = None if fc_weight is None else fc_weight.to(f.dtype)
         fc_bias = None if fc_bias is None else fc_bias.to(f.dtype)
@@ -776,7 +776,7 @@ def _triton(
     recompute: bool,
 ) -> Tensor:
     device = maps[0].device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):  # which knows no meta
         maps = tuple(m.to(torch.get_autocast_dtype(device)) for m in maps)
     one = (bn1.weight, bn1.bias, bn1.running_mean, bn1.running_var)
     two = (bn2.weight, bn2.bias, bn2.running_mean, bn2.running_var)
