@@ -84,12 +84,13 @@ class ConvFusion(nn.Module):
             a = F.relu(self.bn1(self.dw(f)), inplace=True)
             f = F.relu(self.bn2(self.pw(a)), inplace=True)
             return self.fc(f.mean((2, 3)))
-        norms = []
+        norms, counts = [], []
         for bn in (self.bn1, self.bn2):
             assert bn.momentum is not None and bn.running_mean is not None and bn.num_batches_tracked is not None
-            if self.training:
-                bn.num_batches_tracked.add_(1)
+            counts.append(bn.num_batches_tracked)
             norms.append(Norm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.momentum, bn.eps))
+        if self.training:
+            torch._foreach_add_(counts, 1)
         weights = self.dw.weight, norms[0], self.pw.weight, norms[1], self.fc.weight, self.fc.bias
         return fuse_conv(tuple(aligned), *weights, training=self.training)
 

@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from opcount import OpCount
 from torch import Tensor, nn
 
 from fastffl.fusion import ConvFusion
 from fastffl.fusion import conv as file
 from fastffl.values import MapSpec
+from fastffl_kernels import use
 
 SPECS = (MapSpec(6, 5, 4), MapSpec(10, 5, 4))
 
@@ -50,6 +52,19 @@ def test_on_the_cpu_it_is_its_parts_bit_for_bit(training: bool, channels_last: b
             assert torch.equal(a.grad, b.grad)
         for (k, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
             assert torch.equal(a, b), k
+
+
+def test_nothing_is_launched_beside_the_module() -> None:
+    """On a GPU, forward and backward: the module's 3 + 4, and one for both norms' counts."""
+    pytest.importorskip("triton")
+    net = ConvFusion(SPECS, 7).to("meta", memory_format=torch.channels_last)
+    maps = [m.to("meta").requires_grad_() for m in drawn(channels_last=True)]
+    with use("triton"), OpCount() as seen:
+        net(maps).backward(torch.empty(3, 7, device="meta"))
+    assert seen.aten == {"aten::_foreach_add_": 1} and seen.total == 8
+    with use("triton"), OpCount() as seen, torch.no_grad():
+        net.eval()(maps)
+    assert seen.kernels == {"fastffl::fuse_conv_infer": 1}
 
 
 def test_the_state_is_named_as_before() -> None:
