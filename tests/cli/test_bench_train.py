@@ -14,9 +14,11 @@ from fastffl.bench.cases import CASES, Case
 from fastffl.bench.goals import goal_table
 from fastffl.errors import UsageError
 from fastffl.recipe import change
-from fastffl.train import Learner, optim
+from fastffl.train import Learner, Plan, graph, optim
 from fastffl.train.device import plan
+from fastffl.train.step import Step
 from fastffl.values import Batch
+from tests.train.recorder import Recorder
 from tests.train.test_graph import FakeCuda
 
 CUDA = torch.cuda.is_available()
@@ -119,6 +121,20 @@ def test_the_plain_loop_computes_what_ours_does(case: Case) -> None:
     for T, eps in ((3.0, 1e-7), (2.0, 0.0)):
         ours, theirs = losses_in_float64(case, T, eps)
         assert ours == pytest.approx(theirs, rel=1e-11) and ours[0] != ours[2]
+
+
+def test_the_plain_loop_compiles_as_one_graph() -> None:
+    """A rival that torch.compile has to cut into pieces would be a slow one for our own fault."""
+    for nets in (("resnet8", "wrn16_2"), ("resnet8", "resnet8"), ("resnet10t", "resnet10t")):
+        at = setting(TINY._replace(nets=nets, shared=nets[0] == "resnet8" == nets[1], size=32, batch=2))
+        loop = variants.Eager(at)
+        loop.dtype = torch.bfloat16
+        torch._dynamo.reset()
+        whole = torch.compile(loop._forward, fullgraph=True, backend="aot_eager", dynamic=False)
+        batch = at.batches[0]
+        whole(batch.x, batch.y, loop.w).backward()
+        assert all(p.grad is not None for p in loop.net.parameters())
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("wrong", ["T", "decay", "edge"])
@@ -282,6 +298,58 @@ def test_ours_is_replayed_when_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> N
     made, losses, about = train._first_steps(setting(), "alone resnet8", [])
     assert made.first == variants.WARM + 1 and fake.captures == 1 and fake.replays == train.PARITY_STEPS - variants.WARM
     assert losses == eager and about["style"] == "serial" and "not_captured" not in about
+
+
+def test_the_walk_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measuring loop with a stand-in for CUDA: how ours settles, peak memory above the state, steps of a turn, parts."""
+    allocated = iter(range(1 << 20, 10**9, 1 << 20))
+    fakes = {
+        "synchronize": mock.Mock(),
+        "reset_peak_memory_stats": mock.Mock(),
+        "empty_cache": mock.Mock(),
+        "memory_allocated": lambda device: next(allocated),
+        "max_memory_allocated": lambda device: 10**9,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(variants.Setting, "cuda", True)
+    monkeypatch.setattr(train.anatomy, "launches", lambda call, device: call() or 77)
+    monkeypatch.setattr(timing, "Cuda", lambda: timing.Wall())
+    monkeypatch.setattr(timing, "gpu_state", lambda: {"sm_mhz": 1980.0})
+    monkeypatch.setattr(graph, "Streams", lambda device: Recorder())
+    monkeypatch.setattr(train, "TURN_S", 0.0)
+    backends: list[FakeCuda] = []
+
+    def stepper(step: Step, where: Plan, *, streams: Any, graph: bool) -> Any:
+        backends.append(FakeCuda({"serial": 2.0, "parallel": 1.0}))
+        return variants_stepper(step, where, streams=streams, graph=graph, backend=backends[-1])
+
+    variants_stepper = variants.Stepper
+    monkeypatch.setattr(variants, "Stepper", stepper)
+    rows: list[dict[str, Any]] = []
+    run = train.Run(rows.append, 2, 1e12, None, True)
+    train.sit(run, setting(TINY._replace(size=8)), ["ours serial", "ours parallel", "ours eager", "eager"], show_ours=True)
+    found = {r["variant"]: r for r in rows}
+    assert list(found) == ["ours", "ours serial", "ours parallel", "ours eager", "eager"]
+    assert all(r["state"] == "ok" and r["cuda"] and r["launches"] == 77 and "anatomy" not in r for r in rows), rows
+    assert (found["ours"]["style"], found["ours"]["speedup"]) == ("parallel", 2.0) and backends[0].captures == 2
+    assert found["ours serial"]["style"] == "serial" and found["ours parallel"]["style"] == "parallel"
+    assert found["ours eager"]["not_captured"] == "run.graph is off" and "parts_ms" not in found["ours eager"]
+    assert list(found["ours"]["parts_ms"]) == ["data", "forward", "loss", "backward", "optimizer"]
+    assert all(900 < r["peak_mib"] < 1e9 / 2**20 and r["sm_mhz"] == 1980 and r["steps"] == 1 for r in rows)
+    assert found["ours"]["saved_mib"] > 0 and all(r["max_err"] < 1e-5 for r in rows)
+
+
+def test_launches_are_what_the_profiler_saw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels, copies and fills; not the host's side, not ranges that libraries mark on the device."""
+    kinds = ["kernel"] * 5 + ["gpu_memcpy"] * 3 + ["gpu_memset"] + ["cuda_runtime", "gpu_user_annotation", "cpu_op"]
+    record = mock.MagicMock()
+    trace = json.dumps({"traceEvents": [{"cat": kind} for kind in kinds] + [{"name": "metadata"}]})
+    record.__enter__.return_value.export_chrome_trace = lambda path: Path(path).write_text(trace)
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: record)
+    monkeypatch.setattr(torch.cuda, "synchronize", mock.Mock())
+    call = mock.Mock()
+    assert anatomy.launches(call, torch.device("cuda"), repeats=3) == 3 and call.call_count == 4
 
 
 def test_passes_come_goals_first_and_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
