@@ -1,6 +1,7 @@
 """Everything that wants a GPU, unattended and in blocks: first what could not be checked before, then figures, then training.
 
-    python bench/gpu.py --out DIR [--official DIR] [--data DIR] [--only checks,kernels,...] [--ops A,B] [--minutes 9] [--smoke]
+    python bench/gpu.py --out DIR [--official DIR] [--data DIR] [--only checks,kernels,...] [--ops A,B] [--cases A,B]
+                        [--minutes 9] [--smoke]
 
 checks    the step on the device against the CPU, bf16 and fp16, no host read (torch's own sync detector), resume to the
           same digest, kernels on and off; then each op (bench/opchecks.py): random cases against float64 in guard bands,
@@ -250,6 +251,7 @@ def step(args: argparse.Namespace, emit: Callable[..., None]) -> None:
     out = args.out / "step.jsonl"
     command = [sys.executable, "-m", "fastffl", "bench", "train", "--out", str(out), "--minutes", f"{args.minutes:.2f}"]
     command += ["--official", str(args.official)] if args.official else []
+    command += [word for name in args.cases.split(",") if name for word in ("--case", name)]
     command += ["--device", "cpu", "--quick", "--case", "resnet8x2-32"] if args.smoke else ["--device", "cuda"]
     code = run_for(command, 60 * args.minutes + 300, grace=5)  # the last compilation may still be under way
     met = [m.met for m in cases.goals(read(out) if out.is_file() else [])]
@@ -315,6 +317,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--only", default="checks,graph,kernels,sanitize,step,train")
     parser.add_argument("--ops", default=",".join(FULL), help="of the blocks checks, kernels and sanitize")
+    parser.add_argument("--cases", default="", help="of the block step; all that is compiled takes longer than a block")
     parser.add_argument("--minutes", type=float, default=9.0, help="for each block")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()

@@ -28,6 +28,7 @@ from fastffl_kernels import use
 
 from ..data import Place, Resident, synthetic
 from ..recipe import change
+from ..streams import Streams, ahead
 from ..train.graph import computing
 from ..values import Batch
 from . import anatomy, official, timing
@@ -226,11 +227,11 @@ def with_data(run: Run, at: Setting) -> None:
     arrays = synthetic.arrays(recipe.data)
     source = Resident(arrays, recipe.data, Place(at.device, at.where.memory_format, at.where.images))
     ours, theirs = Ours(at), Theirs(at)
-    images, batch = len(arrays.train[1]), at.case.batch
+    images, batch, streams = len(arrays.train[1]), at.case.batch, Streams(at.device) if at.cuda else None
     epoch = iter(range(10**6))
 
     def our_epoch() -> None:
-        for made in source.train(batch, 0, next(epoch)):
+        for made in ahead(source.train(batch, 0, next(epoch)), streams, lambda batch: batch):
             ours(made)
         ours.mean_loss()
 
@@ -289,7 +290,7 @@ def timed(
     passes += [(case, "cold") for case in todo if case.name == COLD and "compile" in rivals]
     passes += [(case, "alone") for case in todo]
     for wanted in (True, False):
-        passes += [(case, mode) for mode in MODES if mode in rivals for case in todo if (case.name in goal) == wanted]
+        passes += [(case, mode) for case in todo if (case.name in goal) == wanted for mode in MODES if mode in rivals]
     for case, what in passes:
         names = _names(case, what, rivals, cuda)
         if not names:
