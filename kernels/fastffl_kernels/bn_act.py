@@ -105,7 +105,7 @@ def _stats(
         *(jit.bn_act_stats, (plan.parts * plan.blocks,), x.device),
         *(x, partial, counters(x.device, plan.blocks), mean, invstd, running_mean, running_var, batches, momentum, eps),
         *(N, plan.per, plan.parts, C, plan.blocks, plan.block_n, plan.block_c),
-        warps=jit.WARPS,
+        warps=plan.warps,
     )
     return mean, invstd
 
@@ -123,7 +123,7 @@ def _apply_launch(x: Tensor, residual: Tensor | None, *vectors: Any, relu: bool,
     launch(
         *(jit.bn_act_apply, (plan.parts * plan.blocks,), x.device, x, residual, y, *vectors, N),
         *(relu, evaluation, C, plan.blocks, plan.block_n, plan.block_c),
-        warps=jit.WARPS,
+        warps=plan.warps,
     )
     return y
 
@@ -178,7 +178,7 @@ def _whole(
     launch(
         *(jit.bn_act_whole, (plan.blocks,), x.device, x, residual, y, weight, bias, mean, invstd),
         *(running_mean, running_var, batches, momentum, eps, N, relu, C, plan.block_n, plan.block_c),
-        warps=jit.WARPS,
+        warps=plan.warps,
     )
     return y, mean, invstd
 
@@ -218,7 +218,7 @@ def _backward_sums(
         *(dy, dskip, x, y, g if keep else None, weight, bias, mean, invstd),
         *(partial, counters(x.device, plan.blocks), dweight, dbias, N, plan.per, plan.parts),
         *(mask, C, plan.blocks, plan.block_n, plan.block_c),
-        warps=jit.WARPS,
+        warps=plan.warps,
         maxnreg=jit.MAXNREG,
     )
     return dweight, dbias, g
@@ -251,7 +251,7 @@ def _backward_apply(
         *(jit.bn_act_backward_apply, (plan.parts * plan.blocks,), x.device),
         *(g, x, dx, weight, bias, mean, invstd, dweight, dbias, N),
         *(_mask(relu, None), C, plan.blocks, plan.block_n, plan.block_c),
-        warps=jit.WARPS,
+        warps=plan.warps,
     )
     return dx
 
@@ -284,7 +284,7 @@ def _backward_whole(
         *(jit.bn_act_backward_whole, (plan.blocks,), x.device),
         *(dy, dskip, x, y, g if keep else None, dx, weight, bias, mean, invstd, dweight, dbias, N),
         *(mask, C, plan.block_n, plan.block_c),
-        warps=jit.WARPS,
+        warps=plan.warps,
     )
     return dx, dweight, dbias, g
 

@@ -192,8 +192,9 @@ def cut(monkeypatch: pytest.MonkeyPatch, r: random.Random) -> None:
 
 
 @pytest.mark.parametrize("batch", range(8))
-def test_one_launch_against_float64(batch: int) -> None:
+def test_one_launch_against_float64(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for r in draws(batch, 60):
+        monkeypatch.setattr(jit, "WHOLE_WARPS", r.choice((1, jit.WARPS, 16)))  # several tiles, and one
         with guarded() as g:
             check(draw(r, g))
 

@@ -17,15 +17,17 @@ from .._compile import Case
 
 TILE = 2048  # elements of one tile: 16 a thread, two 16-byte loads of bf16, and 32 registers of accumulators
 SUMS_TILE = 1024  # of the backward's sums, which have two or three operands and five vectors of channels in registers
-WARPS = 4
+WARPS, WHOLE_WARPS = 4, 16  # the tile of a whole launch is as many times larger
 SUM_C, WHOLE_C, APPLY_C = 32, 16, 64  # channels of a program; 64, 32 and 128 bytes of a bf16 row
 # Programs of a first launch, 5 on each of 132 SMs: 20 KB of loads in flight an SM, and all run at once at 96 registers. Not
 # the device's own number, so that a sum has the same order on every GPU.
 PROGRAMS = 660
 MAXNREG = 96  # of the backward's sums: the compiler, left to itself, spills for a sixth program on an SM
 STEPS = 2  # tiles a program of a first launch reads at least: fewer programs, fewer partials to merge
-# Bytes of one operand that one program of a whole launch reads: 64 KiB three times at the 75 GB/s of one SM cost 2.6 us,
-# about what the second launch costs inside a CUDA graph (performance.md, C4). Not yet measured on a GPU.
+# Bytes of one operand that one program of a whole launch reads. It is alone on its SM and has one tile in flight: 16 warps x 32
+# lanes x 32 bytes = 16 KB of bf16 in each 0.25 us that L2 takes are 65 GB/s, so 64 KiB read twice cost 2 us, about what the
+# second launch costs inside a CUDA graph (performance.md, C4); 4 warps would have 4 KB in flight and take 8 us. ResNet-32 at
+# batch 128 has 4 MiB, 1 MiB and 256 KiB at its stages: the last would take 8 us against 5 of two launches. Not yet measured.
 WHOLE = 64 << 10
 COUNTERS = 1 << 12  # blocks of channels that a first launch may have, each takes an arrival counter
 
@@ -33,7 +35,8 @@ NO_MASK, FROM_X, FROM_Y = 0, 1, 2  # where the backward finds which ReLUs were o
 
 
 class Plan(NamedTuple):
-    """How rows (N, C) are cut: `blocks` of block_c channels, `parts` stretches of `per` rows, tiles of block_n rows."""
+    """How rows (N, C) are cut: `blocks` of block_c channels, `parts` stretches of `per` rows, tiles of block_n rows a program
+    of so many warps."""
 
     whole: bool
     block_n: int
@@ -41,6 +44,7 @@ class Plan(NamedTuple):
     blocks: int
     parts: int
     per: int
+    warps: int = WARPS
 
 
 def _power2(n: int) -> int:
@@ -58,7 +62,7 @@ def sums_plan(rows: int, C: int, itemsize: int, tile: int) -> Plan:
     block_c = min(_power2(C), WHOLE_C if one else SUM_C)
     block_n, blocks = tile // block_c, -(-C // block_c)
     if one:
-        return Plan(True, block_n, block_c, blocks, 1, rows)
+        return Plan(True, block_n * WHOLE_WARPS // WARPS, block_c, blocks, 1, rows, WHOLE_WARPS)
     parts = max(1, min(PROGRAMS // blocks, -(-rows // (STEPS * block_n))))
     per = -(-rows // (parts * block_n)) * block_n
     return Plan(False, block_n, block_c, blocks, -(-rows // per), per)
@@ -360,7 +364,7 @@ def cases() -> list[Case]:
 
         signature = {k: dtype if v == "map" else v for k, v in signature.items()}
         most = MAXNREG if kernel is bn_act_backward_sums else None
-        return Case(f"{name} C={C} {dtype[1:]}", kernel, signature, constants, WARPS, maxnreg=most)
+        return Case(f"{name} C={C} {dtype[1:]}", kernel, signature, constants, plan.warps, maxnreg=most)
 
     rows, C = 128 * 16 * 16, 32
     stats, sums, apply = sums_plan(rows, C, 2, TILE), sums_plan(rows, C, 2, SUMS_TILE), apply_plan(rows, C)
@@ -377,6 +381,7 @@ def cases() -> list[Case]:
         case("sums of a fork, mask from x", bn_act_backward_sums, sums, C, absent=("y",), MASK=FROM_X),
         case("sums of a fork, mask from y", bn_act_backward_sums, sums, C, MASK=FROM_Y),
         case("sums of a fork, mask from y", bn_act_backward_sums, sums, C, "*fp32", MASK=FROM_Y),
+        case("sums of a small map, mask from x", bn_act_backward_sums, back, 64, absent=("dskip", "y", "g"), MASK=FROM_X),
         case("backward apply, mask from x", bn_act_backward_apply, apply, C, MASK=FROM_X),
         case("backward apply, no mask", bn_act_backward_apply, apply, C, MASK=NO_MASK),
         case("backward whole, mask from y", bn_act_backward_whole, back, 64, absent=("dskip",), MASK=FROM_Y),
