@@ -1,9 +1,12 @@
 """Make the README's tables from committed rows: python bench/readme.py"""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
-from fastffl.bench.kernels import goal_table, goals
+from fastffl.bench import cases
+from fastffl.bench import kernels as benched
+from fastffl.bench.goals import Measured, Row, goal_table
 from fastffl.bench.timing import ROOT, read
 
 
@@ -47,23 +50,47 @@ def demo(path: Path) -> str:
     return "\n".join(["```", *lines, f"digest {row['digest']}", "```", ""])
 
 
-def kernels(path: Path) -> str:
-    """The goals and what the newest rows say about them; `unmeasured` where there is no row."""
-    rows = read(path) if path.is_file() else []
+def goals(measured: Iterable[Measured], timed: list[Row], path: Path) -> str:
+    """What a release must reach and what the newest rows say; `unmeasured` where there is no row."""
     lines = ["| goal | case, against | must | aim | measured | met |", "| --- | --- | ---: | ---: | ---: | --- |"]
-    lines += [f"| {' | '.join(cells)} |" for cells in goal_table(goals(rows))]
+    lines += [f"| {' | '.join(cells)} |" for cells in goal_table(measured)]
+    return "\n".join(lines) + "\n" + (f"\n{_facts(timed[-1], path)}" if timed else "")
+
+
+def _facts(row: Row, path: Path) -> str:
+    facts = "{device}, torch {torch}, Triton {triton}, commit {commit}".format(**row)
+    return f"{facts} (`{path.relative_to(ROOT)}`).\n"
+
+
+def kernels(path: Path) -> str:
+    rows = read(path) if path.is_file() else []
     timed = [row for row in rows if row.get("kind") == "time" and row.get("ms") is not None]
-    if not timed:
-        return "\n".join(lines) + "\n"
-    facts = "{device}, torch {torch}, Triton {triton}, commit {commit}".format(**timed[-1])
-    return "\n".join(lines) + f"\n\n{facts} (`{path.relative_to(ROOT)}`).\n"
+    return goals(benched.goals(rows), timed, path)
+
+
+def step(path: Path) -> str:
+    rows = read(path) if path.is_file() else []
+    return goals(cases.goals(rows), [row for row in rows if row.get("state") == "ok"], path)
+
+
+def cpu_step(path: Path) -> str:
+    """The newest row of each variant on a CPU: ours beside the plain loop and the authors' code."""
+    newest = {(r["case"], r["variant"]): r for r in read(path) if r["ms"] is not None and not r["variant"].startswith("alone ")}
+    lines = ["| case | variant | ms | p20 to p80 | img/s | time, ours = 1 |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+    for (case, variant), r in newest.items():
+        rate = f"{r['img_s']:,.0f}" if r["img_s"] else ""
+        lines.append(f"| {case} | {variant} | {r['ms']:.1f} | {r['p20']:.1f} to {r['p80']:.1f} | {rate} | {r['ratio']:.2f} |")
+    last = next(reversed(newest.values()))
+    return "\n".join(lines) + f"\n\nMedians of {last['n']} interleaved rounds, {last['threads']} thread(s), {_facts(last, path)}"
 
 
 def made(text: str) -> str:
     """The README with its tables as the committed rows have them."""
     rows = ROOT / "bench" / "results" / "cpu"
     text = between(between(text, "bench", speed(rows / "train.jsonl")), "demo", demo(rows / "digits.jsonl"))
-    return between(text, "kernels", kernels(ROOT / "bench" / "results" / "h200" / "kernels.jsonl"))
+    gpu = ROOT / "bench" / "results" / "h200"
+    text = between(between(text, "step", step(gpu / "step.jsonl")), "step-cpu", cpu_step(rows / "step.jsonl"))
+    return between(text, "kernels", kernels(gpu / "kernels.jsonl"))
 
 
 if __name__ == "__main__":

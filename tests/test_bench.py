@@ -1,6 +1,7 @@
 """The benchmark's protocol: interleaving, rows, the README's tables; and what it says without the authors' checkout."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import readme  # noqa: E402
 from fastffl.bench import timing as protocol  # noqa: E402
+from fastffl.train.step import Step  # noqa: E402
+from fastffl.values import Batch  # noqa: E402
 
 
 def test_variants_take_turns() -> None:
@@ -62,6 +65,28 @@ def test_the_readme_says_what_the_rows_say() -> None:
     assert readme.made(text.replace("resnet8", "resnet9")) != text.replace("resnet8", "resnet9")
 
 
+def test_the_readme_has_the_steps_goals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unmeasured without rows; a row of a GPU makes a figure, with its circumstances; other text stays."""
+    text = "a\n<!-- step -->\nstale\n<!-- /step -->\nb\n"
+    bare = readme.between(text, "step", readme.step(tmp_path / "step.jsonl"))
+    assert bare.startswith("a\n<!-- step -->\n| goal |") and bare.endswith("<!-- /step -->\nb\n") and "stale" not in bare
+    lines = [line for line in bare.splitlines() if line.startswith(("| S", "| M"))]
+    assert len(lines) == 15 and all(line.endswith("| unmeasured | unmeasured |") for line in lines)
+    assert "| S2 | step resnet32x2-128, eager | 3.00 x | 5.00 x | unmeasured | unmeasured |" in lines
+    row = {"kind": "step", "case": "resnet32x2-128", "variant": "eager", "group": "eager", "cuda": True, "state": "ok"}
+    row |= {"ms": 6.0, "ratio": 4.5, "against": "ours"}
+    facts = {"device": "NVIDIA H200", "torch": "2.15", "triton": "3.9", "commit": "abc"}
+    protocol.write(tmp_path / "step.jsonl", [row], facts)
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    made = readme.step(tmp_path / "step.jsonl")
+    assert "| S2 | step resnet32x2-128, eager | 3.00 x | 5.00 x | 4.50 x | yes |" in made
+    assert made.endswith("NVIDIA H200, torch 2.15, Triton 3.9, commit abc (`step.jsonl`).\n")
+    cpu = {**row, "cuda": False, "p20": 5.0, "p80": 7.0, "img_s": None, "n": 15, "threads": 1}
+    protocol.write(tmp_path / "cpu.jsonl", [cpu, {**cpu, "ms": 5.5}, {**cpu, "variant": "alone resnet32"}], facts)
+    assert "| resnet32x2-128 | eager | 5.5 | 5.0 to 7.0 |  | 4.50 |" in readme.cpu_step(tmp_path / "cpu.jsonl")
+    assert "alone" not in readme.cpu_step(tmp_path / "cpu.jsonl")
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results").rglob("*.jsonl")), ids=lambda p: p.name)
 def test_committed_rows_are_whole(path: Path) -> None:
     for line in path.read_text().splitlines():
@@ -105,3 +130,49 @@ def test_a_block_that_does_not_stop_is_stopped() -> None:
     assert gpu.run_for([sys.executable, "-c", deaf], 1.0, grace=0.3) == -9
     assert gpu.run_for([sys.executable, "-c", "import os; os._exit(int(os.environ['CODE']))"], 30, CODE="5") == 5
     assert set(gpu.SHARES) == set(gpu.FULL) and sum(gpu.SHARES.values()) == pytest.approx(1)
+
+
+def test_the_blocks_of_the_step_walk_through(tmp_path: Path) -> None:
+    """graph, step and train on the CPU: every check gives a row, a finished run its outcome, and a second call trains nothing."""
+    command = [sys.executable, "bench/gpu.py", "--smoke", "--out", str(tmp_path), "--only"]
+    slow = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "graph,step,train"], cwd=ROOT, env=slow, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = {row["case"]: row for row in protocol.read(tmp_path / "gpu.jsonl")}
+    checks = ("same", "delays", "waits", "evaluate", "memory", "replays")
+    assert all(rows[f"graph: {name}"]["ok"] for name in (*checks, "all checks")), rows
+    runs = ("ffl-cifar100-resnet32", "none-ffl-cifar100-resnet32")
+    assert rows["step: fastffl bench train"]["ok"] and all(rows[f"train: {name}"]["ok"] for name in runs), done.stdout
+    found = {(r["kind"], r["variant"]): r for r in protocol.read(tmp_path / "step.jsonl")}
+    assert found["step", "ours"]["state"] == "ok" and not found["step", "eager"]["cuda"]
+    outcome = found["run", "ffl"]
+    assert outcome["case"] == runs[0] and outcome["epochs"] == 1 and outcome["seconds"] > outcome["train_s"] > 0
+    assert outcome["error"].keys() == {"p0", "p1", "mean", "fused"} and outcome["published"]["fused"] == "25.56 +- 0.32"
+    assert found["run", "none"]["published"] == {}
+    again = subprocess.run([*command, "train"], cwd=ROOT, env=slow, capture_output=True, text=True, check=False)
+    assert again.returncode == 0 and "epoch" not in again.stderr
+    assert len(protocol.read(tmp_path / "step.jsonl")) == len(found)
+
+
+def test_a_graph_check_sees_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeded: a captured run that computes something else, by its bits and by its losses; a check that raises is a failed row."""
+    import graphchecks
+
+    made = graphchecks.recipe("cpu", nets__names="resnet8,resnet8", amp__enabled="false")
+    real = graphchecks.Stepper
+
+    class Off:
+        """A step that sees slightly larger images."""
+
+        def __init__(self, step: Step, where: object, *, graph: bool = True, streams: str = "auto"):
+            self.inner, self.graph = real(step, where, graph=graph, streams=streams), graph  # type: ignore[arg-type]
+            self.reason, self.style, self.close = "", "serial", self.inner.close
+
+        def __call__(self, batch: Batch) -> None:
+            self.inner(batch._replace(x=1.5 * batch.x) if self.graph else batch)
+
+    assert graphchecks.compared(made, 2, "off", False)["equal"]
+    assert graphchecks.compared(made, 2, "off", True)["error"].startswith("not captured: CUDA graphs need CUDA")
+    monkeypatch.setattr(graphchecks, "Stepper", Off)
+    found = graphchecks.compared(made, 2, "off", True)
+    assert not found["equal"] and not found["ok"] and found["off"] > found["spread"] == 0
