@@ -56,6 +56,14 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+class DoneInNorm(nn.Identity):
+    """In the place of a ReLU that the norm before it does."""
+
+    def __init__(self, inplace: bool):
+        super().__init__()
+        self.inplace = inplace
+
+
 def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """relu(norm(x) + residual?), one op where the norm is fused."""
     if isinstance(norm, Fused):
@@ -136,5 +144,17 @@ def fuse_norms(net: nn.Module) -> int:
             norm, relu = parent._modules[first], parent._modules[second]  # type: ignore[assignment]
             if type(norm) is FusedBatchNorm2d and ways[id(norm)] == 1 and type(relu) is nn.ReLU and not hooked(relu):
                 norm.then_relu = True
-                parent._modules[second] = nn.Identity()
+                parent._modules[second] = DoneInNorm(relu.inplace)
     return count
+
+
+def unfuse_norms(net: nn.Module) -> None:
+    """Undo `fuse_norms`: every norm and ReLU is of its own class again."""
+    for parent in list(net.modules()):
+        for name, child in parent._modules.items():
+            if isinstance(child, DoneInNorm):
+                parent._modules[name] = nn.ReLU(child.inplace).train(child.training)
+    for norm in net.modules():
+        if isinstance(norm, Fused):
+            norm.__dict__.pop("then_relu", None)
+            norm.__class__ = nn.BatchNorm2d if type(norm) is FusedBatchNorm2d else _timm_class().__mro__[2]

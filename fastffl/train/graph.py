@@ -292,6 +292,7 @@ class Stepper:
         """Drop the graphs and their memory; the learner is a plain module again."""
         self._graphed = None
         self.step.learner.cohort.branches = None
+        self.step.close()
 
     @property
     def reason(self) -> str:

@@ -19,6 +19,7 @@ from fastffl_kernels import GuardState, Verdict, guard
 from fastffl_kernels.sgd_flat import FlatParameters, FlatSGD
 
 from ..errors import NumericsError
+from ..nets.fused_norm import fuse_norms, unfuse_norms
 from ..recipe import Recipe
 from ..values import Batch
 from .learner import Learner
@@ -140,6 +141,8 @@ class Step:
         self.params = [p for g in optimizer.param_groups for p in g["params"]]
         self.flat = flat_of(optimizer)
         self.lowered = Lowered(learner, self.flat) if self.flat else nullcontext
+        if self.flat:
+            fuse_norms(learner.cohort)
         self.buffers = NormBuffers(learner)
         self.scaler = Scaler(device) if learner.amp_dtype == torch.float16 else None
         self.average = Average(learner, recipe.ema.decay, self.flat) if recipe.ema.decay else None
@@ -153,6 +156,10 @@ class Step:
         self._set = {"lr": recipe.optim.lr, "w": 1.0}  # what the device holds
         if self.flat:
             self._share_rate()
+
+    def close(self) -> None:
+        """After the last step: the peers are of their own classes again."""
+        unfuse_norms(self.learner.cohort)
 
     def _share_rate(self) -> None:
         """One device value as the rate of all groups: a replayed graph reads it."""

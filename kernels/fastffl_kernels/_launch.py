@@ -164,12 +164,13 @@ def counters(device: torch.device, n: int = 1) -> Tensor:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # once: other streams may use them next
     which, size = (1, CAPTURED) if capturing else (0, RING)
+    taken = 4 * divup(n, 4)  # 16 bytes: at another alignment Triton compiles the kernel anew, in a capture too
     at = _next[device][which]
-    if at + n > size:
+    if at + taken > size:
         if capturing:
             return torch.zeros(n, dtype=torch.int32, device=device)
         at = 0
-    _next[device][which] = at + n
+    _next[device][which] = at + taken
     return _counters[device][which][at : at + n]
 
 

@@ -10,7 +10,7 @@ from opcount import OpCount
 from torch import Tensor, nn
 
 from fastffl import nets
-from fastffl.nets.fused_norm import Fused, FusedBatchNorm2d, fuse_norms, norm_relu
+from fastffl.nets.fused_norm import Fused, FusedBatchNorm2d, fuse_norms, norm_relu, unfuse_norms
 from fastffl_kernels import use
 from fastffl_kernels._launch import Norm
 
@@ -156,7 +156,7 @@ def test_a_relu_goes_in_only_where_it_surely_follows() -> None:
     plain = copy.deepcopy(net)
     assert fuse_norms(net) == 5
     inside = [k for k, m in net.named_modules() if isinstance(m, Fused) and m.then_relu]
-    assert inside == ["follows.1"] and type(net["follows"][2]) is nn.Identity and type(net["again"][1]) is nn.ReLU  # type: ignore[index]
+    assert inside == ["follows.1"] and isinstance(net["follows"][2], nn.Identity) and type(net["again"][1]) is nn.ReLU  # type: ignore[index]
     assert list(net.state_dict()) == list(plain.state_dict())
     x = torch.randn(2, 3, 4, 4)
     for k in net:
@@ -267,3 +267,19 @@ def test_the_comparison_sees_seeded_bugs(wrong: str, monkeypatch: pytest.MonkeyP
     x, dy = torch.randn(4, 3, 8, 8), torch.randn(4, 5)
     with pytest.raises(AssertionError):
         same(run(fused, x, dy), run(plain, x, dy))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_undone_without_a_trace(name: str) -> None:
+    def classes(net: nn.Module) -> list[tuple[str, type, set[str]]]:
+        return [(n, type(m), set(m.__dict__)) for n, m in net.named_modules()]
+
+    net = build(name)
+    before, state = classes(net), net.state_dict()
+    assert fuse_norms(net) > 0 and classes(net) != before
+    unfuse_norms(net)
+    assert classes(net) == before and net.state_dict().keys() == state.keys()
+    unfuse_norms(net)
+    assert classes(net) == before
+    x, dy = torch.randn(4, 3, 32, 32), torch.randn(4, 5)
+    same(run(net, x, dy), run(build(name), x, dy))

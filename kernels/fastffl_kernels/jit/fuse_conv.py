@@ -516,17 +516,17 @@ def head_backward(
     elif CLASSES > 0:
         k = (pid - images * TILES) // TILES * BLOCK_K + tl.arange(0, BLOCK_K)
         k_ok = k < CLASSES
-        acc = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
+        d = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)  # not acc: a name of both branches must have one shape
         total = tl.zeros([BLOCK_K], tl.float32)
         for b0 in range(0, B, BLOCK_B):
             b = b0 + tl.arange(0, BLOCK_B)
             b_ok = b < B
             z = _load(du, b.to(tl.int64)[None, :] * stride_b + k.to(tl.int64)[:, None] * stride_k, b_ok[None, :] & k_ok[:, None])
             x = tl.load(g + b.to(tl.int64)[:, None] * N + n[None, :], mask=b_ok[:, None] & n_ok[None, :], other=0.0)
-            acc = _dot(_cast(z, dtype), x, acc, PRECISION)
+            d = _dot(_cast(z, dtype), x, d, PRECISION)
             total += tl.sum(z, 1)
         place = k.to(tl.int64)[:, None] * N + n[None, :]
-        tl.store(dfc_weight + place, _cast(acc, dfc_weight.dtype.element_ty), mask=k_ok[:, None] & n_ok[None, :])
+        tl.store(dfc_weight + place, _cast(d, dfc_weight.dtype.element_ty), mask=k_ok[:, None] & n_ok[None, :])
         if dfc_bias is not None:  # noqa: SIM102
             if (pid - images * TILES) % TILES == 0:
                 tl.store(dfc_bias + k, _cast(total, dfc_bias.dtype.element_ty), mask=k_ok)
