@@ -166,6 +166,7 @@ def _step_line(row: Row) -> str:
     units = {"img_s": "img/s", "launches": "launches", "ops": "operations", "peak_mib": "MiB"}
     facts = [f"{row[k]:,.0f} {unit}" for k, unit in units.items() if row.get(k)]
     facts += [f"peers {row['style']}"] if "style" in row else []
+    facts += [f"not captured: {row['not_captured']}"] if row["cuda"] and "not_captured" in row else []
     return f"{head} {row['ms']:9.3f} ms {row['ratio']:6.2f} x {row['against']}  {', '.join(facts)}"
 
 

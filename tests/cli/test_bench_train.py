@@ -283,6 +283,9 @@ def test_a_wrong_variant_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     found = sat(["eager"])
     assert found["eager"]["ms"] is None and found["eager"]["state"].startswith("wrong: losses differ from ours by 0.02")
     assert train.bad(found["eager"]) and found["ours"]["ms"] > 0
+    monkeypatch.setattr(rivals, "ffl_loss", lambda *args: torch.nan * real(*args))
+    assert sat(["eager"])["eager"]["state"] == "wrong: a loss is not finite"
+    monkeypatch.setattr(rivals, "ffl_loss", real)
     monkeypatch.setattr(variants.Ours, "__call__", mock.Mock(side_effect=RuntimeError("broken")))
     found = sat(["eager"])
     assert found["ours"]["state"] == "failed: RuntimeError: broken" and train.bad(found["ours"])
