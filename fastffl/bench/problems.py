@@ -57,7 +57,7 @@ class Problem:
     draw      (device, seed) -> inputs; a pure function of both
     exact     the answer from inputs in float64
     wrt       the inputs whose gradients belong to the answer; a forward's first output is differentiated, by inputs["upstream"]
-              unless it is a scalar
+              unless it is a scalar, or as many outputs as that has tensors
     bytes     what our path must move; flop: what it must compute
     sure      inputs -> masks by output: where rounding can't change which side of a kink a value is on
     limit     largest error of ours in units of eps x largest value: eps of `dtype` for gradients, of its own type for a value,
@@ -113,9 +113,10 @@ def solved(forward: Callable[[Inputs], Outputs], wrt: tuple[str, ...], inputs: I
         with torch.no_grad():
             return forward(inputs)
     out = forward(inputs)
-    head = next(iter(out.values()))
+    upstream = leaves(inputs.get("upstream")) or None
+    heads = list(out.values())[: len(upstream) if upstream else 1]
     targets = {f"d {name}{k}": x for name in wrt for k, x in enumerate(leaves(inputs[name]))}
-    grads = torch.autograd.grad(head, list(targets.values()), inputs.get("upstream"))
+    grads = torch.autograd.grad(heads, list(targets.values()), upstream)
     return {**{name: x.detach() for name, x in out.items()}, **dict(zip(targets, grads, strict=True))}
 
 
@@ -508,14 +509,16 @@ def depthwise(batch: int, channels: int, width: int, side: int, dtype: torch.dty
 # ---- bn_act: BatchNorm, residual, ReLU -----------------------------------------------------------------------------------------
 
 
-def _bn_act(path: Callable[..., Tensor], residual: bool, inputs: Inputs) -> Outputs:
+def _bn_act(path: Callable[..., Any], residual: bool, fork: bool, inputs: Inputs) -> Outputs:
     extra = inputs["x"][1] if residual else None
-    return {"y": path(inputs["x"][0], _norm(inputs, "bn"), residual=extra, relu=True, training=True)}
+    out = path(inputs["x"][0], _norm(inputs, "bn"), residual=extra, relu=True, training=True, fork=fork)
+    return {"y": out[0], "skip": out[1]} if fork else {"y": out}
 
 
-def _bn_act_by_torch(x: Tensor, norm: Norm, *, residual: Tensor | None, relu: bool, training: bool) -> Tensor:
+def _bn_act_by_torch(x: Tensor, norm: Norm, *, residual: Tensor | None, relu: bool, training: bool, fork: bool) -> Any:
     y = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training)
-    return F.relu(y if residual is None else y + residual)
+    y = F.relu(y if residual is None else y + residual)
+    return (y, y) if fork else y
 
 
 def _far_from_the_kink(residual: bool, inputs: Inputs) -> dict[str, Tensor]:
@@ -526,31 +529,40 @@ def _far_from_the_kink(residual: bool, inputs: Inputs) -> dict[str, Tensor]:
     return {"d x0": far, "d x1": far}
 
 
-def bn_act(batch: int, channels: int, side: int, dtype: torch.dtype, *, residual: bool = False, quick: bool = False) -> Problem:
-    """BatchNorm, perhaps an addition, ReLU: forward and backward of one map in training."""
+def bn_act(
+    batch: int,
+    channels: int,
+    side: int,
+    dtype: torch.dtype,
+    *,
+    residual: bool = False,
+    fork: bool = False,
+    quick: bool = False,
+) -> Problem:
+    """BatchNorm, perhaps an addition, ReLU: forward and backward of one map in training; `fork`: of one that is used twice."""
 
     def draw(device: torch.device, seed: int) -> Inputs:
         normal = randoms(device, seed)
         shape = batch, channels, side, side
         last = torch.channels_last
         maps = [normal(*shape, dtype=dtype).contiguous(memory_format=last).requires_grad_() for _ in range(1 + residual)]
-        upstream = normal(*shape, dtype=dtype).contiguous(memory_format=last)
-        return {"x": tuple(maps), **_norms(normal, "bn", channels), "upstream": upstream}
+        upstream = [normal(*shape, dtype=dtype).contiguous(memory_format=last) for _ in range(1 + fork)]
+        return {"x": tuple(maps), **_norms(normal, "bn", channels), "upstream": tuple(upstream) if fork else upstream[0]}
 
     op = module("bn_act")
-    plain = Style("eager", "eager", partial(_bn_act, _bn_act_by_torch, residual))
-    styles = _of_ours("bn_act", lambda path: partial(_bn_act, path, residual))
+    plain = Style("eager", "eager", partial(_bn_act, _bn_act_by_torch, residual, fork))
+    styles = _of_ours("bn_act", lambda path: partial(_bn_act, path, residual, fork))
     size = batch * channels * side**2
-    moved = (11 if residual else 8) * size * dtype.itemsize  # forward 3 or 4 maps, backward 5 or 7
+    moved = ((11 if residual else 8) + fork) * size * dtype.itemsize  # forward 3 or 4 maps, backward 5 or 7, 8 of two uses
     if op and has_triton("bn_act"):  # which knows where a map is small enough to be read once
-        facts = {"residual": residual, "relu": True, "training": True}
+        facts = {"residual": residual, "relu": True, "training": True, "fork": fork}
         moved = sum(op.bytes_moved(batch * side**2, channels, dtype.itemsize, **facts).values())
     return Problem(
         op="bn_act",
-        case=f"B{batch} C{channels} {side}x{side}{' + residual' if residual else ''}",
+        case=f"B{batch} C{channels} {side}x{side}{' + residual' if residual else ''}{', used twice' if fork else ''}",
         dtype=dtype,
         draw=draw,
-        exact=partial(_bn_act, _bn_act_by_torch, residual),
+        exact=partial(_bn_act, _bn_act_by_torch, residual, fork),
         sure=partial(_far_from_the_kink, residual),
         styles=(*styles, plain, *both_modes(plain)),
         wrt=("x", "bn"),
@@ -776,6 +788,7 @@ def _bn_acts() -> list[Problem]:
     for batch in (128, 1024):
         for channels, side in ((16, 32), (32, 16), (64, 8)):
             made += [bn_act(batch, channels, side, BF16, residual=r, quick=batch == 128) for r in (False, True)]
+            made += [bn_act(batch, channels, side, BF16, residual=True, fork=True, quick=batch == 128)]
     made += [bn_act(256, c, s, BF16) for c, s in ((64, 112), (64, 56), (128, 28), (256, 14), (512, 7))]
     return made + [bn_act(256, c, s, BF16, residual=True) for c, s in ((256, 56), (512, 28), (1024, 14), (2048, 7))]
 
@@ -814,7 +827,9 @@ SMALL: dict[str, Callable[[], list[Problem]]] = {
     "sgd_flat": lambda: [sgd_flat("3 tensors", [(3, 2, 3, 3), (5,), (700, 4)])],
     "guard": lambda: [guard(n) for n in (5, 9001)],
     "augment": lambda: [augment(4, t) for t in (FP32, BF16)],
-    "bn_act": lambda: [bn_act(3, 5, 4, t, residual=r) for t in (FP32, BF16) for r in (False, True)],
+    "bn_act": lambda: [
+        bn_act(3, 5, 4, t, residual=r, fork=f) for t in (FP32, BF16) for r, f in ((False, False), (True, False), (True, True))
+    ],
 }
 
 
