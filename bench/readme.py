@@ -76,12 +76,16 @@ def step(path: Path) -> str:
 def cpu_step(path: Path) -> str:
     """The newest row of each variant on a CPU: ours beside the plain loop and the authors' code."""
     newest = {(r["case"], r["variant"]): r for r in read(path) if r["ms"] is not None and not r["variant"].startswith("alone ")}
-    lines = ["| case | variant | ms | p20 to p80 | img/s | time, ours = 1 |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+    lines = ["| case | variant | ms | p20 to p80 | rounds | img/s | time, ours = 1 |", "| --- | --- |" + " ---: |" * 5]
     for (case, variant), r in newest.items():
         rate = f"{r['img_s']:,.0f}" if r["img_s"] else ""
-        lines.append(f"| {case} | {variant} | {r['ms']:.1f} | {r['p20']:.1f} to {r['p80']:.1f} | {rate} | {r['ratio']:.2f} |")
+        lines.append(
+            f"| {case} | {variant} | {r['ms']:.1f} | {r['p20']:.1f} to {r['p80']:.1f} | {r['n']} | {rate} | {r['ratio']:.2f} |"
+        )
     last = next(reversed(newest.values()))
-    return "\n".join(lines) + f"\n\nMedians of {last['n']} interleaved rounds, {last['threads']} thread(s), {_facts(last, path)}"
+    facts = "{device}, {threads} thread(s), torch {torch}".format(**last)
+    commits = ", ".join(dict.fromkeys(r["commit"] for r in newest.values()))
+    return "\n".join(lines) + f"\n\nMedians of interleaved rounds, {facts}, commits {commits} (`{path.relative_to(ROOT)}`).\n"
 
 
 def made(text: str) -> str:

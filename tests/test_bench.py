@@ -83,7 +83,7 @@ def test_the_readme_has_the_steps_goals(tmp_path: Path, monkeypatch: pytest.Monk
     assert made.endswith("NVIDIA H200, torch 2.15, Triton 3.9, commit abc (`step.jsonl`).\n")
     cpu = {**row, "cuda": False, "p20": 5.0, "p80": 7.0, "img_s": None, "n": 15, "threads": 1}
     protocol.write(tmp_path / "cpu.jsonl", [cpu, {**cpu, "ms": 5.5}, {**cpu, "variant": "alone resnet32"}], facts)
-    assert "| resnet32x2-128 | eager | 5.5 | 5.0 to 7.0 |  | 4.50 |" in readme.cpu_step(tmp_path / "cpu.jsonl")
+    assert "| resnet32x2-128 | eager | 5.5 | 5.0 to 7.0 | 15 |  | 4.50 |" in readme.cpu_step(tmp_path / "cpu.jsonl")
     assert "alone" not in readme.cpu_step(tmp_path / "cpu.jsonl")
 
 
