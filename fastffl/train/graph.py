@@ -26,7 +26,7 @@ from ..data import Source
 from ..evaluation import Scorer, evaluate
 from ..streams import Branches, Streams, apart
 from ..values import Batch
-from .device import Plan
+from .device import Plan, kept_memory
 from .randomness import rng_state, set_rng_state
 from .step import Step
 
@@ -344,9 +344,13 @@ class Evaluator:
 @contextmanager
 def computing(device: torch.device) -> Iterator[None]:
     """All that is computed on a device belongs in here: on CUDA one stream apart, and the library's fastest convolutions,
-    unless deterministic ones were asked for."""
+    unless deterministic ones were asked for; on a CPU memory that is kept."""
+    if device.type == "cpu":
+        with kept_memory():
+            yield
+        return
     before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     try:
         with apart(device):
             yield

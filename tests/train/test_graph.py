@@ -1,7 +1,10 @@
 """Capture and replay with a stand-in for CUDA: what runs when, on which tensors, and what happens where it can't."""
 
 import os
+import platform
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -246,11 +249,33 @@ def test_a_captured_evaluation_equals_a_called_one() -> None:
     assert step.learner.training
 
 
-def test_computing_chooses_fast_convolutions_on_cuda_only() -> None:
+def test_computing_leaves_the_librarys_choice_alone_on_a_cpu() -> None:
     before = torch.backends.cudnn.benchmark
     with computing(CPU):
-        assert not torch.backends.cudnn.benchmark
-    assert torch.backends.cudnn.benchmark == before
+        assert torch.backends.cudnn.benchmark == before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_a_step_on_a_cpu_asks_the_kernel_for_no_memory() -> None:
+    """Counted in a process of its own: page faults of allocations as a step makes them."""
+    code = """
+import resource, torch
+from fastffl.train.graph import computing
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        kept = [torch.ones(2**20) for _ in range(24)]
+        del kept
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+with computing(torch.device("cpu")):
+    faults()
+    inside = faults()
+outside = faults() and faults()
+print(inside, outside)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    inside, outside = map(int, done.stdout.split())
+    assert inside < 100 and outside > 10_000
 
 
 def test_a_batch_is_what_a_stepper_takes() -> None:
