@@ -19,6 +19,8 @@ from .. import recipes
 from ..errors import UsageError
 from ..recipe import change
 from ..train import Learner, optim
+from ..train.step import Step
+from ..values import Batch
 
 PARITY_STEPS = 3
 MEAN = [x / 255.0 for x in (129.3, 124.1, 112.4)]  # the constants of the official loader
@@ -131,14 +133,13 @@ def parity(folder: Path, depth: int) -> float:
     official.fusion.double()
     learner = Learner.build(recipe, 100, 3, 32).double()
     learner.load_state_dict(renamed(official.net.state_dict(), official.fusion.state_dict()))
-    optimizer, ramp, worst = optim.build(learner, recipe.optim), torch.tensor(0.5), 0.0
+    step, worst = Step(learner, optim.build(learner, recipe.optim), recipe, torch.device("cpu")), 0.0
+    step.ramp(0.5)
     for _ in range(PARITY_STEPS):
         want = official.step(x, y)
-        loss = learner(x, y, ramp).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        worst = max(worst, abs(loss.item() - want) / abs(want))
+        step(Batch(x, y, y))
+        worst = max(worst, abs(float(step.meters.read()["loss"]) - want) / abs(want))
+        step.meters.clear()
     return worst
 
 

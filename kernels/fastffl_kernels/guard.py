@@ -205,6 +205,8 @@ def guard(
     decay         of the moving average, for `blend`
     limit         non-finite steps in a row after which no step is ok any more
 
+    Loss, terms and norm of float64 go to the reference.
+
     The fp16 loss scale halves on a bad step, doubles after EVERY good ones and stays at least FLOOR; a halted run leaves it.
     Where a step is not ok, `factor` may be anything. ValueError says what was wrong with shapes, dtypes or devices.
     """
@@ -216,9 +218,10 @@ def guard(
         raise ValueError(f"clip={clip}; expected a positive norm or None")
     terms, device = ce.numel() + kl.numel(), loss.device
     f32, i64 = torch.float32, torch.int64
+    wide = torch.float64 if loss.dtype == torch.float64 else f32
     checks: tuple[tuple[str, Tensor | None, torch.dtype, tuple[int, ...]], ...] = (
-        *(("loss", loss, f32, ()), ("ce", ce, f32, (ce.numel(),)), ("kl", kl, f32, (kl.numel(),))),
-        *(("top1", top1, i64, (top1.numel(),)), ("rows", rows, i64, ()), ("norm", norm, f32, ())),
+        *(("loss", loss, wide, ()), ("ce", ce, wide, (ce.numel(),)), ("kl", kl, wide, (kl.numel(),))),
+        *(("top1", top1, i64, (top1.numel(),)), ("rows", rows, i64, ()), ("norm", norm, wide, ())),
         *(("grads", grads, f32, (0 if grads is None else grads.numel(),)), ("state.streak", state.streak, i64, ())),
         *(("state.skipped", state.skipped, i64, ()), ("state.bad", state.bad, torch.bool, (terms + 1,))),
         *(("state.loss_sum", state.loss_sum, torch.float64, ()), ("state.term_sum", state.term_sum, torch.float64, (terms,))),
@@ -231,5 +234,7 @@ def guard(
         if x is not None and not x.is_contiguous():
             raise ValueError(f"{name} has strides {x.stride()}; expected a contiguous tensor")
     options: dict[str, Any] = {"grads": grads, "norm": norm, "clip": clip, "decay": float(decay), "limit": limit}
+    if wide == torch.float64:
+        return guard_reference(loss, ce, kl, top1, rows, state, **options)
     verdict: Verdict = run("guard", loss, guard_reference, loss, ce, kl, top1, rows, state, **options)
     return verdict

@@ -115,6 +115,18 @@ def test_the_loop_reads_the_device_only_where_it_logs(tmp_path: Any, monkeypatch
     assert len(reads) == 1  # at the epoch's end
 
 
+def test_a_step_in_double_precision_counts_as_any_other() -> None:
+    """What parity with other code is measured in."""
+    wide, plain = step_of(drop=0.0), step_of(drop=0.0)
+    wide.learner.double()
+    wide = Step(wide.learner, optim.build(wide.learner, tiny.recipe().optim), tiny.recipe(), CPU)
+    x, y, at = batch()
+    for _ in range(2):
+        wide(Batch(x.double(), y, at)), plain(Batch(x, y, at))
+    a, b = wide.meters.read(), plain.meters.read()
+    assert a["rows"] == 16 and a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["loss"] != b["loss"]
+
+
 # ---- mixed precision
 
 
