@@ -13,7 +13,14 @@ from typing import Any, NamedTuple
 LEFT, TOP, WIDTH, HEIGHT = 90, 60, 430, 400  # of the plot
 NAMES, BARS, LINE = 570, 900, 18  # where the cases' names and bars begin, height of a line
 BAR, MOST = 240, 1.1  # width of a bar of 100 %, and where bars are cut
-COLOURS = {"distill_graph": "#1f5fa8", "fuse_conv": "#b3541e", "bn_act": "#2e7d4f", "augment": "#7b3f9e", "sgd_flat": "#8a6d00"}
+COLOURS = {
+    "distill_graph": "#1f5fa8",
+    "fuse_conv": "#b3541e",
+    "bn_act": "#2e7d4f",
+    "augment": "#7b3f9e",
+    "sgd_flat": "#8a6d00",
+    "guard": "#a02c5a",
+}
 
 
 class Dot(NamedTuple):

@@ -40,7 +40,7 @@ def test_parameter_counts(nets: list[str], classes: int, peers: int, fusion: int
 
 def test_the_official_preset_is_the_official_run() -> None:
     recipe = recipes.load("ffl-cifar100-resnet32")
-    assert (recipe.sched.epochs, recipe.data.batch_size, recipe.data.eval_batch_size) == (301, 128, 100)
+    assert (recipe.sched.epochs, recipe.data.batch_size, recipe.data.eval_batch_size) == (301, 128, 500)
     assert recipe.method.model_dump() == {
         **FFL.Config().model_dump(),
         "T": 3.0,
