@@ -5,7 +5,6 @@ captured, where there are branches in two styles, serial and parallel; both take
 and the faster one is kept. What can't be captured runs eagerly for ever, and `reason` says why.
 """
 
-import copy
 import gc
 import os
 import random
@@ -19,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from fastffl_kernels import _launch
 
@@ -110,6 +110,7 @@ class Graphed:
     branches  what `work` forks by where they are on; None: there is nothing to fork
     asked     auto: serial and parallel are measured, the faster is kept; on: parallel; off: serial
     say       gets a line for people about every decision
+    undo      called after a failed capture: what the host then holds was never computed
     reason    why the work is not captured, "" while it is or may be
     style     the style kept, None while it is being measured
     speedup   serial time / parallel time, None where that was not measured
@@ -124,13 +125,15 @@ class Graphed:
         branches: Branches | None = None,
         asked: Asked = "auto",
         say: Callable[[str], None] | None = None,
+        undo: Callable[[], None] = lambda: None,
     ):
-        self.work, self.backend, self.what, self.branches = work, backend, what, branches
+        self.work, self.backend, self.what, self.branches, self.undo = work, backend, what, branches, undo
         self.say = say or (lambda text: None)
         self.reason = ""
         self.speedup: float | None = None
         self.style: Style | None = {"off": "serial", "on": "parallel"}.get(asked) if branches else "serial"  # type: ignore[assignment]
         self._shapes: dict[Any, _Shape] = {}
+        self._timed: _Shape | None = None  # the shape whose replays are measured
         self._times: dict[Style, list[tuple[Any, Any]]] = {"serial": [], "parallel": []}
 
     def __call__(self, *tensors: Tensor) -> None:
@@ -180,17 +183,27 @@ class Graphed:
 
     def _capture(self, at: _Shape, tensors: tuple[Tensor, ...]) -> None:
         at.given = tuple(torch.empty_like(t) for t in tensors)
-        try:
-            for style in self._styles:
+        for style in self._styles:
+            try:
                 at.graphs[style] = self.backend.capture(lambda style=style: self._run(style, at.given))  # type: ignore[misc]
-        except Exception as error:  # torch, libraries and users' nets raise many kinds here
-            at.graphs.clear()
-            at.given = ()
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            self._give_up(f"capturing it failed: {lines[0][:200]}")
+            except Exception as error:  # torch, libraries and users' nets raise many kinds here
+                self.undo()
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                self._refused(at, f"capturing it failed: {lines[0][:200]}")
+        if not at.graphs:
             return
         if self.style and len(self._shapes) == 1:
             self.say(f"{self.what} captured as one CUDA graph, {self._words()}")
+        self._timed = self._timed or at
+
+    def _refused(self, at: _Shape, why: str) -> None:
+        """A style that can't be captured; the serial one, captured first, is then enough."""
+        if at.graphs:
+            self.say(f"{self.what} in parallel: {why}")
+            self.style = "serial"
+        elif self.style or self._styles[0] == "serial":
+            at.given = ()
+            self._give_up(why)
 
     def _give_up(self, reason: str) -> None:
         self.reason = reason
@@ -199,6 +212,9 @@ class Graphed:
     def _trial(self, at: _Shape) -> None:
         """Replay the style whose turn it is, timed; after the last turn keep the faster one, everywhere."""
         turn: Style = min(self._times, key=lambda s: len(self._times[s]))
+        if at is not self._timed:
+            at.graphs[turn].replay()
+            return
         begin = self.backend.mark()
         at.graphs[turn].replay()
         self._times[turn].append((begin, self.backend.mark()))
@@ -227,15 +243,15 @@ def prime(step: Step, x: Tensor, y: Tensor) -> int:
     The step is taken without its kernels, which also lets the library choose its convolutions, and then everything it changed
     is put back.
     """
-    saved, random_state = copy.deepcopy(step.state()), rng_state()
+    # kept on the host: on the device it would stand on top of the step's own peak
+    saved = tree_map(lambda t: t.to("cpu", copy=True) if isinstance(t, Tensor) else t, step.state())
+    random_state = rng_state()
     with _launch.noted() as seen:
         try:
             step.update(x, y)
         except Exception:  # of a net that can't bear what a missing kernel left; a real fault comes again in the first step
             seen.clear()
-    for p in step.learner.parameters():
-        p.grad = None
-    step.optimizer.zero_grad(set_to_none=True)
+    step.forget()
     step.load(saved)
     set_rng_state(random_state)
     _launch.compile_all(seen, _threads())
@@ -277,7 +293,7 @@ class Stepper:
         if len(cohort.names) > 1:
             cohort.branches = Branches(Streams(where.device))
         self.backend = backend or Cuda()
-        self._graphed = Graphed(step.update, self.backend, branches=cohort.branches, asked=streams, say=say)
+        self._graphed = Graphed(step.update, self.backend, branches=cohort.branches, asked=streams, say=say, undo=step.forget)
 
     def __call__(self, batch: Batch) -> None:
         if batch.x.is_cuda and not self._primed:

@@ -157,6 +157,12 @@ class Step:
         if self.flat:
             self._share_rate()
 
+    def forget(self) -> None:
+        """Drop all gradients, as after a step."""
+        for p in self.learner.parameters():
+            p.grad = None
+        self.optimizer.zero_grad(set_to_none=True)
+
     def close(self) -> None:
         """After the last step: the peers are of their own classes again."""
         unfuse_norms(self.learner.cohort)

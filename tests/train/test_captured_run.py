@@ -13,7 +13,7 @@ from tests.train import tiny
 from tests.train.recorder import Recorder
 from tests.train.test_graph import WHERE, FakeCuda
 
-OPTIONS: dict[str, Any] = {"sched__epochs": 5, "ema__decay": 0.9}
+OPTIONS: dict[str, Any] = {"sched__epochs": 7, "ema__decay": 0.9}
 
 
 @pytest.fixture
