@@ -1,10 +1,13 @@
-"""What it is worth on a CPU that a step's memory stays with the process (fastffl.train.device.kept_memory).
+"""Our step on a CPU beside the plain loop, each in processes of its own: what it is worth that a step's memory stays there.
 
     python bench/kept_memory.py [--turns 5] [--out bench/results/cpu/memory.jsonl]
 
-Two kinds of processes take turns, with and without, since the setting is a process's own and can't be undone in it. Each
-takes 4 steps of the authors' model (two ResNet-32 on a shared stem, batch 128) that are not counted and 10 that are: rows hold
-the median step of each process, page faults a step and the peak of memory.
+kept         ours, within fastffl.train.device.kept_memory, as the trainer runs it
+given back   ours without it
+plain loop   the plain PyTorch loop of `fastffl bench train`
+
+The setting is a process's own and can't be undone in it, so processes take turns. Each takes 4 steps that are not counted and 10
+(of the small case 100) that are. Rows hold the median over processes of the median step, page faults a step and peak of memory.
 """
 
 import argparse
@@ -18,62 +21,71 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-VARIANTS = ("kept", "given back")
+VARIANTS = ("kept", "given back", "plain loop")
+CASES = {"shared-resnet32-128": ("resnet32,resnet32", "true", 128, 10), "resnet8x2-32": ("resnet8,resnet8", "false", 32, 100)}
 
 
-def measure(variant: str) -> dict[str, Any]:
+def measure(case: str, variant: str) -> dict[str, Any]:
     """In a process of its own."""
     import torch
 
     from fastffl import recipes
+    from fastffl.bench.rivals import PlainLoop
     from fastffl.recipe import change
     from fastffl.train import Learner, optim
     from fastffl.train.device import kept_memory, plan
     from fastffl.train.step import Step
     from fastffl.values import Batch
 
-    recipe = change(recipes.load("ffl-cifar100-resnet32"), "run.device", "cpu")
-    where = plan(recipe)
+    nets, shared, size, steps = CASES[case]
+    recipe = change(change(recipes.load("ffl-cifar100-resnet32"), "nets.names", nets), "nets.share_stem", shared)
+    where = plan(change(recipe, "run.device", "cpu"))
+    learner = Learner.build(recipe, 100, 3, 32)
     with kept_memory() if variant == "kept" else nullcontext():
-        learner = Learner.build(recipe, 100, 3, 32).place(where)
-        learner.train()
-        step = Step(learner, optim.build(learner, recipe.optim), recipe, where.device)
-        x = torch.randn(128, 3, 32, 32).contiguous(memory_format=where.memory_format)
-        batch = Batch(x, torch.arange(128) % 100, torch.arange(128))
+        if variant == "plain loop":
+            step: Any = PlainLoop(learner, recipe, where)
+        else:
+            learner.place(where).train()
+            step = Step(learner, optim.build(learner, recipe.optim), recipe, where.device)
+        x = torch.randn(size, 3, 32, 32).contiguous(memory_format=where.memory_format)
+        batch = Batch(x, torch.arange(size) % 100, torch.arange(size))
         times = []
-        for k in range(14):
+        for k in range(4 + steps):
             if k == 4:
                 faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             begin = time.perf_counter()
             step(batch)
             times.append(time.perf_counter() - begin)
         used = resource.getrusage(resource.RUSAGE_SELF)
-    return {"ms": 1e3 * statistics.median(times[4:]), "faults": (used.ru_minflt - faults) / 10, "peak_mib": used.ru_maxrss / 1024}
+    faults = used.ru_minflt - faults
+    return {"ms": 1e3 * statistics.median(times[4:]), "faults": faults / steps, "peak_mib": used.ru_maxrss / 1024}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--measure", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=2, metavar=("CASE", "VARIANT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(args.measure)))
+        print(json.dumps(measure(*args.measure)))
         return
     from fastffl.bench.timing import ROOT, circumstances, write
 
-    found: dict[str, list[dict[str, Any]]] = {v: [] for v in VARIANTS}
-    for turn in range(args.turns):
-        for variant in VARIANTS[:: 1 if turn % 2 else -1]:
-            command = [sys.executable, __file__, "--measure", variant]
-            found[variant].append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
     rows = []
-    for variant, runs in found.items():
-        row: dict[str, Any] = {"case": "shared-resnet32-128 on a CPU", "variant": variant, "n": args.turns}
-        row |= {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        row["ratio"] = statistics.median(run["ms"] / kept["ms"] for run, kept in zip(runs, found["kept"], strict=True))
-        rows.append(row | {"against": "kept"})
-        print(rows[-1])
+    for case in CASES:
+        found: dict[str, list[dict[str, Any]]] = {v: [] for v in VARIANTS}
+        for turn in range(args.turns):
+            for k in range(len(VARIANTS)):
+                variant = VARIANTS[(turn + k) % len(VARIANTS)]
+                command = [sys.executable, __file__, "--measure", case, variant]
+                found[variant].append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+        for variant, runs in found.items():
+            row: dict[str, Any] = {"case": case, "variant": variant, "n": args.turns}
+            row |= {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+            row["ratio"] = statistics.median(run["ms"] / kept["ms"] for run, kept in zip(runs, found["kept"], strict=True))
+            rows.append(row | {"against": "kept"})
+            print(rows[-1], flush=True)
     write(args.out or ROOT / "bench" / "results" / "cpu" / "memory.jsonl", rows, circumstances())
 
 
