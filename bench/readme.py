@@ -88,10 +88,24 @@ def cpu_step(path: Path) -> str:
     return "\n".join(lines) + f"\n\nMedians of interleaved rounds, {facts}, commits {commits} (`{path.relative_to(ROOT)}`).\n"
 
 
+def memory(path: Path) -> str:
+    """The newest row of each case and variant of bench/kept_memory.py."""
+    names = {"kept": "ours", "given back": "ours, memory given back", "plain loop": "plain loop"}
+    newest = {(r["case"], r["variant"]): r for r in read(path)}
+    lines = ["| case | variant | ms | page faults a step | peak, MiB | time, ours = 1 |", "| --- | --- |" + " ---: |" * 4]
+    for (case, variant), r in newest.items():
+        cells = f"{r['ms']:.1f} | {r['faults']:,.0f} | {r['peak_mib']:,.0f} | {r['ratio']:.2f}"
+        lines.append(f"| {case} | {names[variant]} | {cells} |")
+    last = next(reversed(newest.values()))
+    facts = "{device}, {threads} thread(s), torch {torch}, commit {commit}".format(**last)
+    return "\n".join(lines) + f"\n\nMedians of {last['n']} processes each, {facts} (`{path.relative_to(ROOT)}`).\n"
+
+
 def made(text: str) -> str:
     """The README with its tables as the committed rows have them."""
     rows = ROOT / "bench" / "results" / "cpu"
     text = between(between(text, "bench", speed(rows / "train.jsonl")), "demo", demo(rows / "digits.jsonl"))
+    text = between(text, "memory", memory(rows / "memory.jsonl"))
     gpu = ROOT / "bench" / "results" / "h200"
     text = between(between(text, "step", step(gpu / "step.jsonl")), "step-cpu", cpu_step(rows / "step.jsonl"))
     return between(text, "kernels", kernels(gpu / "kernels.jsonl"))

@@ -82,8 +82,8 @@ TRIM, PAD, MMAP_FROM, MMAPS = -1, -2, -3, -4  # glibc's names: M_TRIM_THRESHOLD,
 def kept_memory() -> Iterator[None]:
     """Within the block, what a step frees on a CPU stays with the process (glibc; elsewhere nothing happens).
 
-    Left to itself glibc gives freed maps back to the kernel, which clears every page of them anew for the next step: 26,000
-    page faults, 6 % of a step of two ResNet-32 at batch 128, 0 within the block. The peak was 1.22 GB before, 1.25 to 1.33 after.
+    Left to itself glibc gives freed maps back to the kernel, which clears every page of them anew for the next step: 32,000
+    page faults, 10 % of a step of two ResNet-32 at batch 128, none within the block (bench/results/cpu/memory.jsonl).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
