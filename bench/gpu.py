@@ -253,7 +253,7 @@ def step(args: argparse.Namespace, emit: Callable[..., None]) -> None:
     command += ["--official", str(args.official)] if args.official else []
     command += [word for name in args.cases.split(",") if name for word in ("--case", name)]
     command += ["--device", "cpu", "--quick", "--case", "resnet8x2-32"] if args.smoke else ["--device", "cuda"]
-    code = run_for(command, 60 * args.minutes + 300, grace=5)  # the last compilation may still be under way
+    code = run_for(command, 60 * args.minutes + 45, grace=5)  # the last compilation may still be under way
     met = [m.met for m in cases.goals(read(out) if out.is_file() else [])]
     counts = {word: met.count(word) for word in ("yes", "no", "unmeasured")}
     emit("step", "fastffl bench train", ok=code == 0 and not counts["no"], exit_code=code, rows="step.jsonl", **counts)

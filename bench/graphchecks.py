@@ -21,7 +21,6 @@ import os
 import random
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -32,8 +31,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS 
 
 import torch
 
+from checkrows import Row, run
 from fastffl import recipes
-from fastffl.bench import timing
 from fastffl.data import Place, source
 from fastffl.recipe import Recipe, change
 from fastffl.streams import Branches, Streams, ahead, tampered
@@ -43,7 +42,6 @@ from fastffl.train.graph import Evaluator, Stepper, computing
 from fastffl.train.step import Step
 from fastffl.values import Batch
 
-Row = dict[str, Any]
 CLASSES, SIZE, ROWS = 100, 32, 64
 LONG = 20_000_000  # cycles, about 10 ms: longer than a whole step
 HOST_GROWTH = 8 << 20
@@ -290,20 +288,7 @@ def main() -> None:
         "memory": lambda: check_memory(device, 4 if few else 10_000, 2 if few else 500),
         "replays": lambda: compared(recipe(device), 3 if few else 1000, "auto", not few),
     }
-    facts, failed = timing.circumstances(), False
-    for name in args.only.split(","):
-        begin = time.perf_counter()
-        row: Row = {"case": f"graph: {name}", "variant": "smoke" if few else "ours"}
-        try:
-            row |= todo[name]()
-        except Exception as error:  # a failing check must not cost those after it
-            row |= {"ok": False, "error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
-            traceback.print_exc()
-        row["ms"] = 1e3 * (time.perf_counter() - begin)
-        timing.write(args.out, [row], facts)
-        print(row, flush=True)
-        failed |= not row["ok"]
-    sys.exit(1 if failed else 0)
+    sys.exit(run(todo, args.only, args.out, "graph:", "smoke" if few else "ours"))
 
 
 if __name__ == "__main__":

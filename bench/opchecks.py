@@ -10,7 +10,6 @@ import argparse
 import random
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +19,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from checkrows import Row, run
 from fastffl.bench import kernels, problems, timing
 from fastffl.bench.problems import Inputs, Outputs, Problem
 from fastffl_kernels import _launch
 
-Row = dict[str, Any]
 GUARD, CANARY = 512, 0x5A
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGE = (1 << 31) + 4096  # elements of one tensor: offsets past it need 64 bits
@@ -272,24 +271,9 @@ def main() -> None:
         "replays": lambda: check_replays(args.op, device, 4 if few else 1000),
         "repeats": lambda: check_repeats(args.op, device, 3 if few else 100),
     }
-    facts = timing.circumstances()
-    failed = False
-    for name in args.only.split(","):
-        begin = time.perf_counter()
-        row: Row = {"case": f"checks: {args.op} {name}", "variant": "smoke" if few else "ours"}
-        try:
-            if not few and not problems.has_triton(args.op):
-                row |= {"ok": False, "error": "no Triton path in this version"}
-            else:
-                row |= todo[name]()
-        except Exception as error:  # a failing check must not cost those after it
-            row |= {"ok": False, "error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
-            traceback.print_exc()
-        row["ms"] = 1e3 * (time.perf_counter() - begin)
-        timing.write(args.out, [row], facts)
-        print(row, flush=True)
-        failed |= not row["ok"]
-    sys.exit(1 if failed else 0)
+    if not few and not problems.has_triton(args.op):
+        todo = dict.fromkeys(todo, lambda: {"ok": False, "error": "no Triton path in this version"})
+    sys.exit(run(todo, args.only, args.out, f"checks: {args.op}", "smoke" if few else "ours"))
 
 
 if __name__ == "__main__":

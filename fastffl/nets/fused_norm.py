@@ -157,4 +157,4 @@ def unfuse_norms(net: nn.Module) -> None:
     for norm in net.modules():
         if isinstance(norm, Fused):
             norm.__dict__.pop("then_relu", None)
-            norm.__class__ = nn.BatchNorm2d if type(norm) is FusedBatchNorm2d else _timm_class().__mro__[2]
+            norm.__class__ = nn.BatchNorm2d if type(norm) is FusedBatchNorm2d else _timm_class().__bases__[1]

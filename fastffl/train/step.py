@@ -165,7 +165,8 @@ class Step:
 
     def close(self) -> None:
         """After the last step: the peers are of their own classes again."""
-        unfuse_norms(self.learner.cohort)
+        if self.flat:
+            unfuse_norms(self.learner.cohort)
 
     def _share_rate(self) -> None:
         """One device value as the rate of all groups: a replayed graph reads it."""

@@ -378,3 +378,36 @@ def test_triton_on_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with use("triton"), pytest.raises(ValueError, match="on cpu; Triton needs CUDA"):
         sgd_flat(**flats())
     assert "the op has a Triton path" in explain("sgd_flat", torch.zeros(1)) and callable(sgd_flat_reference)
+
+
+def test_a_gradient_that_stays_away_leaves_the_flat_buffer_empty() -> None:
+    """What is in the buffer counts in the gradient's norm."""
+    _, _, ours, b = twins(lr=0.1, momentum=0.9)
+    for p in ours:
+        p.grad = torch.ones_like(p)
+    b.step()
+    b.zero_grad(set_to_none=True)
+    ours[0].grad = torch.full_like(ours[0], 2.0)
+    b.step()
+    assert float(b.flat.g.sum()) == 2.0 * ours[0].numel()
+
+
+def test_leaves_take_the_place_of_parameters_and_their_gradients_are_summed_in_fp32() -> None:
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(4, 3, 1, 1).to(memory_format=torch.channels_last)), nn.Parameter(torch.randn(5))]
+    b = FlatSGD(params, lr=0.1, momentum=0.9, shadow=torch.bfloat16)
+    leaves = b.flat.lower(params[:1])
+    assert list(leaves) == params[:1] and leaves[params[0]].dtype == torch.bfloat16
+    assert torch.equal(leaves[params[0]].float(), params[0].bfloat16().float())
+    parts = [torch.full((4, 3, 1, 1), v).bfloat16() for v in (256.0, 1.0, 1.0)]  # bf16 can't hold 257
+    for part in parts:
+        leaves[params[0]].grad = part
+        b.flat.adopt()
+    assert params[0].grad is b.flat.grads[0] and float(params[0].grad.amax()) == 258.0 and leaves[params[0]].grad is None
+    params[1].grad = torch.ones(5)
+    before = params[0].detach().clone()
+    b.step()
+    assert not torch.equal(params[0], before)
+    assert torch.equal(leaves[params[0]], params[0].bfloat16()), "a leaf sees what the step wrote"
+    with pytest.raises(ValueError, match="shadow"):
+        FlatSGD([nn.Parameter(torch.ones(2))], lr=0.1).flat.lower([])

@@ -13,6 +13,8 @@ from fastffl.recipe import change
 from fastffl.train import Learner, Plan, optim
 from fastffl.train.step import Step
 from tests.opcount import OpCount
+from tests.train import tiny
+from tests.train.test_step import HostReads, batch
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 META = torch.device("meta")
@@ -23,8 +25,6 @@ LAST = torch.channels_last
 class Counted(OpCount):
     """Sees host reads and casts besides."""
 
-    READS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2")
-
     def __init__(self) -> None:
         super().__init__()
         self.reads: list[str] = []
@@ -32,7 +32,7 @@ class Counted(OpCount):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
-        if name in self.READS:
+        if name in HostReads.NAMES:
             self.reads.append(name)
         if name == "_to_copy":
             self.casts[args[0].shape] += 1
@@ -102,9 +102,6 @@ def test_accumulation_reads_nothing_either() -> None:
 
 def test_without_shadows_weights_would_be_cast() -> None:
     """The control of `casts`: what autocast does with fp32 weights, counted on the CPU."""
-    from tests.train import tiny
-    from tests.train.test_step import batch
-
     learner = tiny.learner(drop=0.0)
     learner.amp_dtype = torch.bfloat16
     made = tiny.recipe()

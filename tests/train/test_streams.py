@@ -84,13 +84,16 @@ def ring(streams: Recorder, count: int, broken: list[int]) -> Iterator[Tensor]:
 
 def consumed(without: int | None = None, count: int = 6) -> tuple[Races, list[float], int]:
     streams = Recorder()
-    seen, total = [], torch.zeros(())
+    seen, beside, total = [], [], torch.zeros(())
     data = torch.zeros(4)
     with tampered(without=without) as t, Races(streams) as races:
         data.fill_(1.0)  # the data set, put on the device by the main stream
         for x in ahead(ring(streams, count, []), streams, lambda x: x.add_(data)):  # type: ignore[arg-type]
             total += x.sum()
             seen.append(float(x[0]))
+            beside.append(streams.main.clock.get("data", 0) < streams.side("data").clock["data"])
+    # whoever uses a batch waits for that one and not for the next, which is on its way
+    assert without is not None or beside == [True] * (count - 1) + [False]
     return races, seen, t.count
 
 
