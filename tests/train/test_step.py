@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastffl.errors import NumericsError
 from fastffl.recipe import Recipe
 from fastffl.train import Learner, checkpoint, optim
-from fastffl.train.step import LIMIT, Step
+from fastffl.train.step import LIMIT, NormBuffers, Step
 from fastffl.values import Batch
 from fastffl_kernels import GraphOut
 from fastffl_kernels.guard import EVERY
@@ -113,6 +113,19 @@ def test_the_loop_reads_the_device_only_where_it_logs(tmp_path: Any, monkeypatch
     monkeypatch.setattr(Step, "check", counted)
     tiny.train(tmp_path / "run", tiny.recipe(sched__epochs=1, run__log_every=100))
     assert len(reads) == 1  # at the epoch's end
+
+
+def test_one_norms_update_is_no_change_of_anothers_statistics() -> None:
+    """They lie in one tensor; with one version for all, autograd would refuse a backward in which some norms are ops of ours,
+    which change their statistics in place, and some are torch's, which saved theirs."""
+    learner = tiny.learner()
+    buffers = NormBuffers(learner)
+    one, other = [m.running_mean for m in learner.modules() if isinstance(m, torch.nn.BatchNorm2d)][:2]
+    assert one is not None and other is not None
+    before = other._version
+    one.add_(1)
+    assert other._version == before
+    assert any(bool((flat == 1).any()) for flat in buffers.flat), "and they do lie there"
 
 
 def test_a_step_in_double_precision_counts_as_any_other() -> None:
