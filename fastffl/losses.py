@@ -14,7 +14,8 @@ class GraphLoss(nn.Module):
     """A method's graph in the kernel's numbers: nodes by index, edge weights on the device.
 
     forward(peers, made, labels, ramp) -> GraphOut; its ce and kl follow `graph.terms`, its counts `graph.nodes`.
-    `ramp` is w(e), a 0-d device tensor, so that a captured step can change it.
+    `ramp` is w(e), a 0-d device tensor, so that a captured step can change it; labels2 and mix (B,) are those of a mixed batch.
+    `smoothing`, an attribute, spreads that share of a label over all classes.
     """
 
     fixed_E: Tensor
@@ -23,7 +24,7 @@ class GraphLoss(nn.Module):
     def __init__(self, graph: Graph):
         super().__init__()
         at = {name: k for k, name in enumerate(graph.nodes)}
-        self.graph = graph
+        self.graph, self.smoothing = graph, 0.0
         self.hard = tuple((at[n], w) for n, w in graph.hard.items())
         self.edges = tuple(GraphEdge(at[e.teacher], at[e.student], e.T, e.detach, e.eps) for e in graph.edges)
         self.means = tuple(tuple(at[n] for n in members) for members in graph.means.values())
@@ -32,10 +33,24 @@ class GraphLoss(nn.Module):
         self.register_buffer("fixed_E", weights * ~ramped, persistent=False)
         self.register_buffer("ramped_E", weights * ramped, persistent=False)
 
-    def forward(self, peers: Peers, made: Mapping[str, Tensor], labels: Tensor, ramp: Tensor) -> GraphOut:
+    def forward(
+        self,
+        peers: Peers,
+        made: Mapping[str, Tensor],
+        labels: Tensor,
+        ramp: Tensor,
+        labels2: Tensor | None = None,
+        mix: Tensor | None = None,
+    ) -> GraphOut:
         nodes = (*peers.z, *(made[name] for name in self.graph.made))
         weights = torch.addcmul(self.fixed_E, self.ramped_E, ramp)
-        return distill_graph(nodes, labels, self.hard, self.edges, weights, self.means, check=False)  # data sets check theirs
+        return distill_graph(
+            *(nodes, labels, self.hard, self.edges, weights, self.means),
+            labels2=labels2,
+            mix=mix,
+            smoothing=self.smoothing,
+            check=False,  # data sets check theirs
+        )
 
 
 def scores(graph: Graph, peers: Peers, made: Mapping[str, Tensor]) -> dict[str, Tensor]:

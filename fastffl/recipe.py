@@ -22,12 +22,13 @@ Spread = tuple[Annotated[float, Field(gt=0)], ...]
 
 
 class Data(Section):
-    name: Literal["digits", "cifar10", "cifar100", "folder", "synthetic", "custom"]
-    """the data set; custom: a Source given from Python"""
+    name: Literal["digits", "cifar10", "cifar100", "folder", "imagenet", "imagenette", "synthetic", "custom"]
+    """the data set; folder: any tree of class folders or tar shards; custom: a Source given from Python"""
     root: str | None = None
     """folder that holds it (`--data DIR`); digits and synthetic need none"""
-    loader: Literal["auto", "synthetic"] = "auto"
-    """synthetic replaces the images by random ones of the same shape: separates the loader from the compute"""
+    loader: Literal["auto", "dali", "torchvision", "synthetic"] = "auto"
+    """who decodes image files; auto: DALI where it and CUDA are, else torchvision. synthetic replaces the images by random ones
+    of the same shape: separates the loader from the compute"""
     batch_size: int = Field(128, ge=1, le=2**24)
     """samples per optimizer step, over all ranks and accumulation steps"""
     eval_batch_size: int = Field(250, ge=1, le=2**24)
@@ -53,7 +54,31 @@ class Data(Section):
     samples: int = Field(1024, ge=1, le=2**24)
     """synthetic only: number of training images (a quarter as many test images)"""
     workers: int | None = Field(None, ge=0, le=1024)
-    """processes that decode images (folder); None: one per core but one"""
+    """processes (torchvision) or threads (DALI) that decode images, per rank; None: one per core but one"""
+    scale: tuple[Share, Share] = (0.08, 1.0)
+    """share of an image's area that a random crop covers (image files)"""
+    ratio: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (3 / 4, 4 / 3)
+    """width by height of a random crop (image files)"""
+    crop: Share = 224 / 256
+    """side of the central crop of evaluation by the image's shorter side (image files)"""
+    start_size: int | None = Field(None, ge=4, le=8192)
+    """progressive resizing: side of the training images in the first epoch; None: `size` throughout (image files)"""
+    grow_epochs: int = Field(0, ge=0)
+    """progressive resizing: epochs in which the side rises to `size`, in steps of 32"""
+    rand_augment: int = Field(0, ge=0, le=8)
+    """RandAugment: operations per image; 0: none (image files)"""
+    rand_magnitude: int = Field(9, ge=0, le=30)
+    """RandAugment: strength of them, of 30"""
+    mixup: float = Field(0.0, ge=0, le=8)
+    """alpha of mixup, one draw a batch, the same for all peers; 0: none"""
+    cutmix: float = Field(0.0, ge=0, le=8)
+    """alpha of cutmix; with mixup too, every other batch by chance; 0: none"""
+    smoothing: float = Field(0.0, ge=0, lt=1)
+    """label smoothing: share of a label that is spread over all classes"""
+    max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """share of the training images that may be unreadable, each named and given no label, before training stops"""
+    checked: str | None = None
+    """folder that `fastffl data check --out` wrote; None: ROOT/.fastffl, where there is one"""
 
 
 class Nets(Section):
@@ -73,10 +98,14 @@ class MethodConfig(Section):
 
 
 class Optim(Section):
-    name: Literal["sgd", "adamw"] = "sgd"
-    """the optimizer"""
+    name: Literal["sgd", "adamw", "lamb"] = "sgd"
+    """the optimizer; lamb needs impl=apex"""
+    impl: Literal["auto", "torch", "apex"] = "auto"
+    """whose: auto is ours (flat, one launch) on a GPU and torch's on a CPU; apex is NVIDIA's FusedSGD, FusedAdam or FusedLAMB"""
     lr: float = Field(0.1, gt=0)
     """learning rate after warm-up"""
+    lr_batch: int | None = Field(None, ge=1)
+    """batch size that `lr` is meant for: the rate grows linearly with data.batch_size (Goyal et al. 2017); None: lr as it is"""
     momentum: float = Field(0.9, ge=0, lt=1)
     """SGD's momentum"""
     nesterov: bool = True
@@ -142,6 +171,10 @@ class Run(Section):
     """auto: on CUDA the whole step is captured as one graph, where that is possible; off: operation by operation"""
     streams: Literal["auto", "on", "off"] = "auto"
     """peers side by side inside the graph; auto: measured against one after the other, the faster is kept"""
+    sync_bn: bool = False
+    """batch norm over the samples of all ranks; off: over a rank's own, running statistics averaged once per epoch"""
+    watch: float = Field(30.0, ge=1, le=3600)
+    """seconds after which a rank that is not heard of, or that keeps the others waiting, is named and the run ended"""
     loggers: tuple[Literal["tb", "wandb"], ...] = ()
     """also send every row to TensorBoard (RUN/tb) or Weights & Biases"""
     save_every: int = Field(1, ge=1)
@@ -175,7 +208,17 @@ class Recipe(Section):
             raise ValueError(f"name {self.name!r} can't name a folder")
         if self.optim.accum > self.data.batch_size:
             raise ValueError(f"optim.accum {self.optim.accum} is more than data.batch_size {self.data.batch_size}")
+        for key, pair in (("scale", self.data.scale), ("ratio", self.data.ratio)):
+            if pair[0] > pair[1]:
+                raise ValueError(f"data.{key} {pair[0]:g},{pair[1]:g}: the first must not be above the second")
+        if self.optim.name == "lamb" and self.optim.impl != "apex":
+            raise ValueError("optim.name lamb needs --set optim.impl=apex, given before it")
         return self
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up, scaled to the batch."""
+        return self.optim.lr * (self.data.batch_size / self.optim.lr_batch if self.optim.lr_batch else 1)
 
     def json_text(self) -> str:
         """The recipe as JSON; `fastffl.recipes.read` brings it back."""
@@ -195,6 +238,7 @@ FREE = {
     "run.threads",
     "run.graph",
     "run.streams",
+    "run.watch",
     "data.root",
     "data.workers",
 }

@@ -10,13 +10,25 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+UNLABELLED = -100
+
 
 class Batch(NamedTuple):
-    """Samples on the device: x (B, channels, H, W) normalised, y (B,) int64, id (B,) int64 (the sample's place in its set)."""
+    """Samples on the device: x (B, channels, H, W) normalised, y (B,) int64, id (B,) int64 (the sample's place in its set).
+
+    A sample with label UNLABELLED weighs nothing: an image that can't be read, or one that fills a rank's empty share (id -1).
+    """
 
     x: Tensor
     y: Tensor
     id: Tensor
+    y2: Tensor | None = None  # (B,) int64, mixed batches only: the partners' labels
+    mix: Tensor | None = None  # (B,) fp32, mixed batches only: the weight of a sample's own label
+
+    @property
+    def labels(self) -> tuple[Tensor, ...]:
+        """y, and for a mixed batch y2 and mix: what the loss takes beside x."""
+        return (self.y,) if self.y2 is None or self.mix is None else (self.y, self.y2, self.mix)
 
 
 class Peers(NamedTuple):

@@ -5,7 +5,7 @@ Training: RandomResizedCrop and flip. Evaluation: the shorter side resized to si
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +128,8 @@ class Folder:
         if cfg.val_fraction and found.val:
             raise DataError(f"data.val_fraction {cfg.val_fraction:g}: {cfg.root} has a val folder of its own; leave it at 0")
         self.cfg, self._place = cfg, place
+        self.bad: dict[int, str] = {}
+        self.say: Callable[[str], None] = print
         finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(self.mean), list(self.std))]
         flip = [v2.RandomHorizontalFlip()] if cfg.flip is not False else []
         self._augment = v2.Compose([v2.RandomResizedCrop(self.size, antialias=True), *flip, *finish])

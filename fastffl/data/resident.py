@@ -1,6 +1,6 @@
 """resident: a whole data set as uint8 on the device, augmented a batch at a time: pad, random crop, flip, normalise."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -92,6 +92,8 @@ class Resident:
             )
         used, held = portions(y, cfg.train_fraction, cfg.val_fraction)
         self.cfg, self._place = cfg, place
+        self.bad: dict[int, str] = {}
+        self.say: Callable[[str], None] = print
         clock = tuple(torch.zeros((), dtype=torch.int64, device=place.device) for _ in range(2))
         self._clock = (0, 0), clock  # seed and epoch of the last batch, here and on the device
 

@@ -1,6 +1,6 @@
 """Where batches come from: the Source protocol, and the rule that picks one for a recipe."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, get_args
@@ -18,19 +18,41 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Place:
-    """Where batches are to lie."""
+    """Where batches are to lie, and which share of each is wanted: that of rank `rank` of `ranks`."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     memory_format: torch.memory_format = torch.contiguous_format
     dtype: torch.dtype = torch.float32  # of images that are made on the device; others come as fp32
+    rank: int = 0
+    ranks: int = 1
+
+    def batches(self, ids: Tensor, batch_size: int, start: int = 0) -> list[Tensor]:
+        """This rank's share of every training batch from number `start` on, ids (N,) in the order of the epoch.
+
+        The shares of a batch differ by at most one sample. A batch smaller than the number of ranks leaves some nothing to
+        do; they get its first sample as -1 - id, to be given without a label, so that all ranks take the same steps.
+        """
+        parts = []
+        for batch in list(ids.split(batch_size))[start:]:
+            mine = batch.tensor_split(self.ranks)[self.rank]
+            parts.append(mine if len(mine) else -1 - batch[:1])
+        return parts
+
+    def share(self, ids: Tensor) -> Tensor:
+        """This rank's share of an evaluation: every id on exactly one rank."""
+        return ids.tensor_split(self.ranks)[self.rank]
 
 
 class Source(Protocol):
     """Images of one data set, already on the device and normalised.
 
-    Exact accounting: `train` gives every training sample once per epoch (the last batch is short), `evaluate` every
-    sample of its split once. Order and augmentation are pure functions of (seed, epoch, sample id), so `start` batches
-    can be skipped at no cost and without a trace.
+    Exact accounting: over all ranks `train` gives every training sample once per epoch (the last batch is short), `evaluate`
+    every sample of its split once. Order and augmentation are pure functions of (seed, epoch, sample id), so `start` batches
+    can be skipped at no cost and without a trace. `batch_size` of `train` is that of all ranks together, every rank gets the
+    same number of batches; `batch_size` of `evaluate` is a rank's own.
+
+    bad   training images that could not be read so far, by id, with the reason; they come with label UNLABELLED
+    say   told about each of them once, a line for people; the trainer sets it
     """
 
     name: str
@@ -39,6 +61,8 @@ class Source(Protocol):
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    bad: dict[int, str]
+    say: Callable[[str], None]
 
     def samples(self, split: str) -> int: ...
 
@@ -106,6 +130,6 @@ def source(cfg: Data | str, place: Place | None = None, **options: Any) -> Sourc
         raise DataError("this run was trained from Python on a Source of its own; evaluate it there, with fastffl.evaluate")
     if cfg.name == "digits":
         return resident.Resident(digits.arrays(), cfg, place)
-    if cfg.name == "folder":
+    if cfg.name in ("folder", "imagenet", "imagenette"):
         return folder.Folder(cfg, place)
     return resident.Resident(archives.cifar(cfg.name, cfg.root), cfg, place)

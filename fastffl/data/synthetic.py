@@ -10,6 +10,8 @@ SHAPES = {
     "cifar10": (3, 32, 10),
     "cifar100": (3, 32, 100),
     "folder": (3, 224, 10),
+    "imagenet": (3, 224, 1000),
+    "imagenette": (3, 160, 10),
     "synthetic": (3, 32, 10),
 }
 

@@ -237,7 +237,7 @@ class Graphed:
         return kept if self.speedup is None else f"{kept} (in parallel {self.speedup:.2f} x as fast)"
 
 
-def prime(step: Step, x: Tensor, y: Tensor) -> int:
+def prime(step: Step, x: Tensor, *labels: Tensor) -> int:
     """Compile all kernels of a step side by side before its first one needs them one by one; how many launches it has.
 
     The step is taken without its kernels, which also lets the library choose its convolutions, and then everything it changed
@@ -248,7 +248,7 @@ def prime(step: Step, x: Tensor, y: Tensor) -> int:
     random_state = rng_state()
     with _launch.noted() as seen:
         try:
-            step.update(x, y)
+            step.update(x, *labels)
         except Exception:  # of a net that can't bear what a missing kernel left; a real fault comes again in the first step
             seen.clear()
     step.forget()
@@ -297,12 +297,12 @@ class Stepper:
 
     def __call__(self, batch: Batch) -> None:
         if batch.x.is_cuda and not self._primed:
-            prime(self.step, batch.x, batch.y)
+            prime(self.step, batch.x, *batch.labels)
         self._primed = True
         if self._graphed is None:
             self.step(batch)
         else:
-            self._graphed(batch.x, batch.y)
+            self._graphed(batch.x, *batch.labels)
 
     def close(self) -> None:
         """Drop the graphs and their memory; the learner is a plain module again."""

@@ -106,12 +106,15 @@ class Learner(nn.Module):
             return nullcontext()
         return torch.autocast(x.device.type, self.amp_dtype)
 
-    def forward(self, x: Tensor, y: Tensor, ramp: Tensor) -> GraphOut:
-        """x (B, channels, S, S), y (B,) int64, ramp () -> the step's loss, terms and counts. The loss is fp32."""
+    def forward(self, x: Tensor, y: Tensor, ramp: Tensor, y2: Tensor | None = None, mix: Tensor | None = None) -> GraphOut:
+        """x (B, channels, S, S), y (B,) int64, ramp () -> the step's loss, terms and counts. The loss is fp32.
+
+        y2, mix   (B,) labels of the partners and weights of y, for a mixed batch
+        """
         with self._autocast(x):
             peers = self.cohort(x)
             made = self.method.nodes(peers)
-        return self.loss(peers, made, y, ramp)
+        return self.loss(peers, made, y, ramp, y2, mix)
 
     def votes(self, x: Tensor) -> dict[str, Tensor]:
         """Logits (B, C) of every vote: each peer, the mean, and what the method makes."""

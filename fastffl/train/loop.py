@@ -58,6 +58,7 @@ class Trainer:
         self.recipe, self.learner, self.data, self.plan = recipe, learner, data, plan
         self.run, self.progress = run, progress
         learner.place(plan)
+        learner.loss.smoothing = recipe.data.smoothing
         self.optimizer = optim.build(learner, recipe.optim)
         self.step = Step(learner, self.optimizer, recipe, plan.device)
         graph = recipe.run.graph == "auto"
@@ -211,7 +212,7 @@ class Trainer:
 
         batches = self.data.train(self.batch_size, run.seed, self.epoch, self.batch)
         for batch in self._timed(ahead(batches, self.streams, self._put)):
-            self.step.rate(schedule.rate(sched, self.recipe.optim, self.epoch, self.batch, self.steps))
+            self.step.rate(schedule.rate(sched, self.recipe.peak_lr, self.epoch, self.batch, self.steps))
             self.stepper(batch)
             self.batch += 1
             self.count += 1
@@ -238,7 +239,7 @@ class Trainer:
         row = {
             "epoch": self.epoch + 1,
             "step": self.count,
-            "lr": schedule.rate(sched, self.recipe.optim, self.epoch, self.steps - 1, self.steps),
+            "lr": schedule.rate(sched, self.recipe.peak_lr, self.epoch, self.steps - 1, self.steps),
             "ramp": w,
             **self.step.meters.read(),
             "img_s": (self.images - images) / spent,
@@ -263,7 +264,8 @@ class Trainer:
 
     def _put(self, batch: Batch) -> Batch:
         x = batch.x.to(self.plan.device, memory_format=self.plan.memory_format, non_blocking=True)
-        return Batch(x.to(self.plan.images), batch.y.to(self.plan.device, non_blocking=True), batch.id)
+        y, *mixed = (t.to(self.plan.device, non_blocking=True) for t in batch.labels)
+        return Batch(x.to(self.plan.images), y, batch.id, *mixed)
 
     def _score(self, stop: Stopper) -> dict[str, dict[str, Any]]:
         return self.evaluator(self.data, self.recipe.data.eval_batch_size, lambda: self._stop(stop))

@@ -2,7 +2,7 @@
 
 import math
 
-from ..recipe import Optim, Sched
+from ..recipe import Sched
 
 
 def ramp(epoch: int, length: int) -> float:
@@ -12,18 +12,18 @@ def ramp(epoch: int, length: int) -> float:
     return math.exp(-5.0 * (1.0 - min(max(epoch, 0), length) / length) ** 2)
 
 
-def rate(sched: Sched, optim: Optim, epoch: int, step: int, steps: int) -> float:
-    """Learning rate of step `step` (0-based, of `steps`) in `epoch` (0-based).
+def rate(sched: Sched, peak: float, epoch: int, step: int, steps: int) -> float:
+    """Learning rate of step `step` (0-based, of `steps`) in `epoch` (0-based); `peak` is that after warm-up.
 
     `step` changes between epochs only; warm-up rises and `cosine` falls with every step.
     """
     at = epoch + step / steps  # epochs done
     if at < sched.warmup_epochs:
-        return optim.lr * (at + 1 / steps) / (sched.warmup_epochs + 1 / steps)
+        return peak * (at + 1 / steps) / (sched.warmup_epochs + 1 / steps)
     if sched.name == "constant":
-        return optim.lr
+        return peak
     if sched.name == "cosine":
         share = (at - sched.warmup_epochs) / max(sched.epochs - sched.warmup_epochs, 1e-9)
-        return sched.min_lr + (optim.lr - sched.min_lr) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+        return sched.min_lr + (peak - sched.min_lr) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
     passed = sum(epoch >= (round(m * sched.epochs) if m < 1 else m) for m in sched.milestones)
-    return optim.lr * sched.gamma**passed
+    return peak * sched.gamma**passed

@@ -187,12 +187,13 @@ class Step:
             self._set["lr"] = lr
 
     def __call__(self, batch: Batch) -> None:
-        self.update(batch.x, batch.y)
+        self.update(batch.x, *batch.labels)
 
-    def update(self, x: Tensor, y: Tensor) -> None:
-        """One step on x (B, channels, S, S) and y (B,). All it leaves behind is in tensors that outlive it."""
+    def update(self, x: Tensor, *labels: Tensor) -> None:
+        """One step on x (B, channels, S, S) and its labels (B,), for a mixed batch followed by the partners' and the weights of
+        the first. All it leaves behind is in tensors that outlive it."""
         saved = self.buffers.save()
-        loss, ce, kl, top1, rows = self._gradients(x, y)
+        loss, ce, kl, top1, rows = self._gradients(x, labels)
         with torch.no_grad():
             verdict = self._judge(loss, ce, kl, top1, rows)
             self._apply(verdict)
@@ -201,24 +202,24 @@ class Step:
                 assert verdict.blend is not None
                 self.average.update(self.buffers, verdict.blend)
 
-    def _gradients(self, x: Tensor, y: Tensor) -> list[Tensor]:
+    def _gradients(self, x: Tensor, labels: tuple[Tensor, ...]) -> list[Tensor]:
         """Backward over the accumulation parts; the batch's mean loss, ce and kl, its top-1 counts and rows."""
         up = self.one if self.scaler is None else self.scaler.scale
         if self.accum == 1:
-            return self._part(x, y, up)
+            return self._part(x, labels, up)
         sums: list[Tensor] | None = None
-        for part_x, part_y in zip(x.chunk(self.accum), y.chunk(self.accum), strict=True):
-            share = len(part_y) / len(y)
-            *means, top1, rows = self._part(part_x, part_y, up * share)
+        for part_x, *part in zip(*(t.chunk(self.accum) for t in (x, *labels)), strict=True):
+            share = len(part_x) / len(x)
+            *means, top1, rows = self._part(part_x, tuple(part), up * share)
             part = [*(m * share for m in means), top1, rows]
             sums = part if sums is None else [a + b for a, b in zip(sums, part, strict=True)]
         assert sums is not None
         return sums
 
-    def _part(self, x: Tensor, y: Tensor, up: Tensor) -> list[Tensor]:
+    def _part(self, x: Tensor, labels: tuple[Tensor, ...], up: Tensor) -> list[Tensor]:
         """Forward and backward; `up` is the gradient of the loss, given so that nothing is multiplied by it on the way."""
         with self.lowered():
-            out = self.learner(x, y, self.w)
+            out = self.learner(x, labels[0], self.w, *labels[1:])
         out.loss.backward(up)
         if self.flat:
             self.flat.adopt()  # part by part: half-precision gradients are summed in fp32
