@@ -21,6 +21,14 @@ class Manifest:
     files: tuple[str, ...]
     labels: tuple[int, ...]
 
+    def read(self, k: int) -> bytes:
+        """The bytes of file k. OSError where it can't be read."""
+        return (self.root / self.files[k]).read_bytes()
+
+    def path(self, k: int) -> str:
+        """The name of file k, for people."""
+        return str(self.root / self.files[k])
+
 
 def _shown(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
