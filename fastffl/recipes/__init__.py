@@ -79,4 +79,4 @@ def read(path: Path) -> Recipe:
     return from_dict(stored, str(path))
 
 
-from . import cifar, folder, tiny  # noqa: E402, F401  their functions register themselves
+from . import cifar, folder, imagenet, tiny  # noqa: E402, F401  their functions register themselves
