@@ -28,33 +28,44 @@ class AlignMaps(nn.Module):
     auto          adaptive_avg where the sizes differ, nothing where they are equal
     none          refuse unequal sizes
     adaptive_avg  average pooling          interpolate  bilinear          conv  strided 3x3 + BN + ReLU, then average
+
+    The grid is that of the maps given, not of those it was built for: images may grow while training goes on. Which maps have
+    a convolution, and its stride, is settled when it is built.
     """
 
     def __init__(self, maps: Sequence[MapSpec], how: Align):
         super().__init__()
-        self.size = (min(m.height for m in maps), min(m.width for m in maps))
-        self.differ = tuple((m.height, m.width) != self.size for m in maps)
-        if any(self.differ) and how == "none":
-            sizes = ", ".join(f"{m.height}x{m.width}" for m in maps)
-            raise UsageError(f"the peers' maps are {sizes}; --set method.align=adaptive_avg brings them to one size")
         self.how = how
+        sizes = [(m.height, m.width) for m in maps]
+        rows, columns = self._grid(sizes)
         convs = []
-        for m, d in zip(maps, self.differ, strict=True):
-            if how == "conv" and d:
-                stride = max(1, m.height // self.size[0])
+        for m in maps:
+            if how == "conv" and (m.height, m.width) != (rows, columns):
+                stride = max(1, m.height // rows)
                 conv = nn.Conv2d(m.channels, m.channels, 3, stride, 1, bias=False)
                 convs.append(nn.Sequential(conv, nn.BatchNorm2d(m.channels), nn.ReLU()))
             else:
                 convs.append(nn.Sequential())
         self.convs = nn.ModuleList(convs)
 
+    def _grid(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """The common height and width. UsageError where maps of these sizes are not to be aligned."""
+        grid = min(h for h, _ in sizes), min(w for _, w in sizes)
+        if self.how == "none" and any(size != grid for size in sizes):
+            shown = ", ".join(f"{h}x{w}" for h, w in sizes)
+            raise UsageError(f"the peers' maps are {shown}; --set method.align=adaptive_avg brings them to one size")
+        return grid
+
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        grid = self._grid([(f.shape[2], f.shape[3]) for f in maps])
         out = []
-        for f, differs, conv in zip(maps, self.differ, self.convs, strict=True):
-            if differs and self.how == "interpolate":
-                f = F.interpolate(f, self.size, mode="bilinear", align_corners=False, antialias=True)
-            elif differs:
-                f = F.adaptive_avg_pool2d(conv(f), self.size)
+        for f, conv in zip(maps, self.convs, strict=True):
+            f = conv(f)
+            if (f.shape[2], f.shape[3]) != grid:
+                if self.how == "interpolate":
+                    f = F.interpolate(f, grid, mode="bilinear", align_corners=False, antialias=True)
+                else:
+                    f = F.adaptive_avg_pool2d(f, grid)
             out.append(f)
         return out
 
