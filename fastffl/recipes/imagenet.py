@@ -1,12 +1,12 @@
-"""ImageNet recipes: the papers' setting, ResNet-50, two different nets; and Imagenette, its ten-class subset for small machines."""
+"""ImageNet recipes: the papers' setting, ResNet-50, two different nets; and Imagenette, ten of its classes."""
 
 from ..methods.ffl import FFL
 from ..recipe import Data, Nets, Optim, Recipe, Sched
 from . import recipe
 
 RESNET34 = (
-    "published, ResNet-34, error top-1 / top-5 (FFL slides): vanilla 26.69 / 8.58, one peer (FFL-S) 25.58 +- 0.06 / 7.95 +- 0.06, "
-    "fused (FFL) 23.91 / 7.17, there probably of three peers; not reproduced"
+    "published, ResNet-34, error top-1 / top-5 (FFL slides): vanilla 26.69 / 8.58, one peer (FFL-S) 25.58 +- 0.06 / "
+    "7.95 +- 0.06, fused (FFL) 23.91 / 7.17, there probably of three peers; not reproduced"
 )
 
 
@@ -16,9 +16,9 @@ def imagenet() -> Recipe:
         name="imagenet",
         summary="FFL, two ResNet-34, ImageNet-1k. Shared: conv1, bn1 and layer1 to layer3; each peer has its own layer4 and fc.",
         source=(
-            "the field's ImageNet setting, which the FFL slides do not spell out: RandomResizedCrop 224 and flip, centre 224 of 256, "
-            "SGD 0.1 for a batch of 256, x0.1 at epochs 30 and 60 of 90, T 3; how its distillation is ramped up is unknown, here "
-            "80/300 of the epochs as on CIFAR"
+            "the field's ImageNet setting, which the FFL slides do not spell out: RandomResizedCrop 224 and flip, centre 224 of "
+            "256, SGD 0.1 for a batch of 256, x0.1 at epochs 30 and 60 of 90, T 3; how its distillation is ramped up is unknown, "
+            "here 80/300 of the epochs as on CIFAR"
         ),
         expect=RESNET34,
         data=Data(name="imagenet", batch_size=256, size=224),
@@ -63,7 +63,7 @@ def imagenet_resnet34_mobilenetv3() -> Recipe:
 def imagenette() -> Recipe:
     return Recipe(
         name="imagenette",
-        summary="FFL, two ResNet-18 on a shared stem, Imagenette: ten easy classes of ImageNet at 160 pixels. Any edition will do.",
+        summary="FFL, two ResNet-18 on a shared stem, Imagenette: ten classes of ImageNet, 160 pixels, from any of its editions.",
         source="our own",
         expect="no FFL figure is published for it; not reproduced",
         data=Data(name="imagenette", batch_size=64, eval_batch_size=64, size=160, scale=(0.35, 1.0)),
