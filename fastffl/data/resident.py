@@ -1,4 +1,4 @@
-"""resident: a whole data set as uint8 on the device, augmented a batch at a time: pad, random crop, flip, normalise."""
+"""resident: a whole data set as uint8 on the device, augmented a batch at a time: pad, random crop, flip, normalise, mix."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ from fastffl_kernels.augment import augment
 
 from ..errors import DataError
 from ..recipe import Data
-from ..values import Batch
+from ..values import UNLABELLED, Batch
+from .finish import Finish, blend
 from .rng import below, order, signed, uniform_bits
 from .source import Place, held_split, portions
 
@@ -91,71 +92,79 @@ class Resident:
                 f"data.mean and data.std have {len(self.mean)} and {len(self.std)} values for {self.channels} channels"
             )
         used, held = portions(y, cfg.train_fraction, cfg.val_fraction)
-        self.cfg, self._place = cfg, place
+        self.cfg, self.place = cfg, place
         self.bad: dict[int, str] = {}
         self.say: Callable[[str], None] = print
         clock = tuple(torch.zeros((), dtype=torch.int64, device=place.device) for _ in range(2))
         self._clock = (0, 0), clock  # seed and epoch of the last batch, here and on the device
 
         def put(images: Tensor, pad: int = 0) -> Tensor:
-            if pad:  # reflection is not defined for uint8: padded as fp16, which holds 0..255 exactly
-                mode = "reflect" if pad_mode == "reflect" else "constant"
-                parts = [F.pad(part.half(), (pad,) * 4, mode).to(torch.uint8) for part in images.split(5000)]
-                images = torch.cat(parts)
+            if pad and pad_mode == "reflect":
+                span = torch.arange(-pad, self.size + pad).abs()
+                span = self.size - 1 - (self.size - 1 - span).abs()
+                images = images[:, :, span[:, None], span]
+            elif pad:
+                images = F.pad(images, (pad,) * 4)
             return images.to(place.device).contiguous(memory_format=place.memory_format)
 
-        self._x = {"train": put(x[used], self.pad), "test": put(arrays.test[0])}
+        self._x = {"train": put(x if len(used) == len(x) else x[used], self.pad), "test": put(arrays.test[0])}
         self._y = {"train": y[used].to(place.device), "test": arrays.test[1].to(place.device)}
         if len(held):
             self._x["val"], self._y["val"] = put(x[held]), y[held].to(place.device)
-        shape = (1, self.channels, 1, 1)
-        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
-        self._scale = (1 / (255 * std)).view(shape).to(place.device)
-        self._shift = (-mean / std).view(shape).to(place.device)
+        self._finish = Finish(self.mean, self.std, place)
 
     def samples(self, split: str) -> int:
         return len(self._y[held_split(split, "val" in self._y)])
 
-    def _normal(self, x: Tensor) -> Tensor:
-        return x.to(torch.float32).mul_(self._scale).add_(self._shift).to(self._place.dtype)
-
     def train(self, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
         x, y = self._x["train"], self._y["train"]
-        ids = order(seed, epoch, len(y)).to(x.device)
-        for at in ids.split(batch_size)[start:]:
-            yield self.augment(x, at, y[at], seed, epoch)
+        ids = order(seed, epoch, len(y))
+        shares = (self.place.batches(i, batch_size, start) for i in (ids, ids.to(x.device)))
+        for here, at in zip(*shares, strict=True):
+            if here[0] >= 0:
+                yield self.augment(x, at, y[at], seed, epoch)
+            else:  # nothing is left for this rank: an image without a label
+                batch = self.augment(x, -1 - at, torch.full_like(at, UNLABELLED), seed, epoch)
+                yield batch._replace(id=torch.full_like(at, -1))
 
     def augment(self, x: Tensor, at: Tensor, y: Tensor, seed: int, epoch: int) -> Batch:
-        """One training batch: the images `at`, cropped and flipped by what (seed, epoch, id) says. One kernel on a GPU."""
+        """One training batch: the images `at`, cropped, flipped and mixed by what (seed, epoch, id) says. One kernel on a GPU."""
+        mixup, cutmix = self.cfg.mixup, self.cfg.cutmix
         if triton_path("augment", x):
             if self._clock[0] != (seed, epoch):
                 for word, scalar in zip((seed, epoch), self._clock[1], strict=True):
                     scalar.fill_(signed(word))  # in place: a captured graph reads these tensors
                 self._clock = (seed, epoch), self._clock[1]
-            last = self._place.memory_format == torch.channels_last
+            last = self.place.memory_format == torch.channels_last
             made = augment(
                 *(x, at, *self._clock[1]),
                 size=self.size,
                 mean=self.mean,
                 std=self.std,
                 flip=self.flip,
-                dtype=self._place.dtype,
+                dtype=self.place.dtype,
+                mixup=mixup,
+                cutmix=cutmix,
                 channels_last=last,
             )
-            return Batch(made.x[0], y, at)
+            return Batch(made.x[0], y, at) if made.mix is None else Batch(made.x[0], y, at, y.flip(0), made.mix)
         span = 2 * self.pad + 1
         top = below(uniform_bits(seed, epoch, at, 0), span)
         left = below(uniform_bits(seed, epoch, at, 1), span)
         flip = uniform_bits(seed, epoch, at, 2) < 2**31 if self.flip else torch.zeros_like(at, dtype=torch.bool)
-        return Batch(self._normal(crop_flip(x, at, top, left, flip, self.size)), y, at)
+        images = self._finish.normal(crop_flip(x, at, top, left, flip, self.size))
+        if not (mixup or cutmix):
+            return Batch(images.to(self.place.dtype), y, at)
+        images, share = blend(images, seed, epoch, at[0], mixup, cutmix)
+        return Batch(images.to(self.place.dtype), y, at, y.flip(0), share)
 
     def evaluate(self, split: str, batch_size: int) -> Iterator[Batch]:
-        """Every sample of `split` once, in order, not augmented. The training set is given as it is, without its padding."""
+        """Every sample of this rank's share of `split` once, in order, not augmented and without padding."""
         split = held_split(split, "val" in self._y)
         x, y = self._x[split], self._y[split]
         if split == "train":
             p = self.pad
             x = x[:, :, p : p + self.size, p : p + self.size]
-        for at in torch.arange(len(y), device=y.device).split(batch_size):
-            images = x[at].contiguous(memory_format=self._place.memory_format)
-            yield Batch(self._normal(images), y[at], at)
+        for at in self.place.share(torch.arange(len(y), device=y.device)).split(batch_size):
+            images = x[at].contiguous(memory_format=self.place.memory_format)
+            yield Batch(self._finish.normal(images).to(self.place.dtype), y[at], at)

@@ -15,7 +15,8 @@ from fastffl.data.rng import below, uniform_bits
 from fastffl.data.source import portions
 from fastffl.errors import DataError
 from fastffl.recipe import Data
-from fastffl.values import Batch
+from fastffl.values import UNLABELLED, Batch
+from fastffl_kernels.augment import augment_reference
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
@@ -219,6 +220,61 @@ def test_evaluation_pixels_are_the_images_in_both_layouts() -> None:
             assert torch.cat([b.id for b in got]).tolist() == list(range(len(y)))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.2, 1.0)])
+def test_mixed_batches_equal_the_kernels_reference(mixup: float, cutmix: float, layout: torch.memory_format) -> None:
+    arrays = made(side=12)
+    data = Resident(arrays, Data(name="custom", pad=2, mixup=mixup, cutmix=cutmix), Place(memory_format=layout))
+    seen = set()
+    for epoch in range(4):
+        for b in data.train(16, 7, epoch):
+            want = augment_reference(
+                *(arrays.train[0], b.id, torch.tensor(7), torch.tensor(epoch)),
+                size=12,
+                pad=2,
+                mean=data.mean,
+                std=data.std,
+                mixup=mixup,
+                cutmix=cutmix,
+                labels=arrays.train[1],
+            )
+            assert b.y2 is not None and b.mix is not None and want.labels is not None and want.mix is not None
+            assert torch.equal(b.x, want.x[0]) and b.x.is_contiguous(memory_format=layout)
+            assert torch.equal(b.y, want.labels) and torch.equal(b.y2, want.labels2) and torch.equal(b.mix, want.mix)
+            assert torch.equal(b.y2, b.y.flip(0)) and b.mix.dtype == torch.float32
+            seen.add(float(b.mix[0]))
+    assert len(seen) > 6, "other draws for other batches"
+    for b in data.evaluate("test", 5):
+        assert b.y2 is None and b.mix is None
+
+
+# ---- ranks
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("batch", [1, 4, 7, 16, 50, 64])
+def test_ranks_share_every_batch(ranks: int, batch: int) -> None:
+    arrays = made()
+    cfg = Data(name="custom", pad=2)
+    whole = list(Resident(arrays, cfg, Place()).train(batch, 5, 2))
+    parts = [list(Resident(arrays, cfg, Place(rank=r, ranks=ranks)).train(batch, 5, 2)) for r in range(ranks)]
+    assert {len(p) for p in parts} == {len(whole)}, "every rank takes the same steps"
+    for k, one in enumerate(whole):
+        shares = [p[k] for p in parts]
+        real = [s for s in shares if int(s.id[0]) >= 0]
+        assert torch.equal(torch.cat([s.id for s in real]), one.id) and torch.equal(torch.cat([s.x for s in real]), one.x)
+        assert torch.equal(torch.cat([s.y for s in real]), one.y)
+        for s in shares:
+            if int(s.id[0]) < 0:
+                assert s.id.tolist() == [-1] and s.y.tolist() == [UNLABELLED] and torch.equal(s.x, one.x[:1])
+        assert sum(len(s.id) for s in shares) == max(len(one.id), ranks)
+    for start in (1, len(whole) - 1):
+        rest = list(Resident(arrays, cfg, Place(rank=ranks - 1, ranks=ranks)).train(batch, 5, 2, start))
+        assert all(torch.equal(a.x, b.x) and torch.equal(a.id, b.id) for a, b in zip(rest, parts[-1][start:], strict=True))
+    tests = [b for r in range(ranks) for b in Resident(arrays, cfg, Place(rank=r, ranks=ranks)).evaluate("test", 4)]
+    assert torch.cat([b.id for b in tests]).tolist() == list(range(17)), "evaluation scores every image on one rank"
+
+
 def test_crop_flip_leaves_its_input_alone() -> None:
     x = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
     kept = x.clone()
@@ -230,12 +286,34 @@ def test_crop_flip_leaves_its_input_alone() -> None:
 
 def test_synthetic_is_the_same_on_every_call_and_has_every_class() -> None:
     for name, classes in (("synthetic", 7), ("cifar100", None)):
-        cfg = Data(name=name, classes=classes, samples=120, loader="synthetic")
+        cfg = Data(name=name, classes=classes, samples=400, loader="synthetic")
         a, b = synthetic.arrays(cfg), synthetic.arrays(cfg)
         assert torch.equal(a.train[0], b.train[0]) and torch.equal(a.test[0], b.test[0])
         assert not torch.equal(a.train[0][:1], a.test[0][:1])
         assert set(a.train[1].tolist()) == set(a.test[1].tolist()) == set(range(len(a.classes))) == set(range(classes or 100))
-        assert source(cfg).samples("train") == 120
+        assert source(cfg).samples("train") == 400 and source(cfg).samples("test") == 100
+
+
+def test_synthetic_images_show_their_class_and_are_as_large_as_asked() -> None:
+    for name, size, side in (("imagenet", None, 224), ("imagenette", None, 160), ("imagenette", 96, 96), ("digits", None, 8)):
+        cfg = Data(name=name, classes=3, samples=12, loader="synthetic", size=size)
+        data = source(cfg, Place(rank=1, ranks=2))
+        assert (data.size, data.samples("train"), data.samples("test")) == (side, 12, 3)
+        arrays = synthetic.arrays(cfg)
+        x, y = arrays.train[0].double(), arrays.train[1]
+        means = torch.stack([x[y == c].mean(0) for c in range(3)])
+        tests = arrays.test[0].double()
+        nearest = ((tests[:, None] - means) ** 2).flatten(2).sum(2).argmin(1)
+        assert torch.equal(nearest, arrays.test[1]), "the test images show the patterns of the training images"
+        assert x.min() < 20 and x.max() > 230 and len(x[0].unique()) > 30
+
+
+def test_synthetic_imagenet_is_small_enough_to_try() -> None:
+    arrays = synthetic.arrays(Data(name="imagenet", loader="synthetic"))
+    assert len(arrays.classes) == 1000 and arrays.train[0].shape == (1024, 3, 224, 224)
+    assert arrays.train[0].nbytes + arrays.test[0].nbytes == 1280 * 3 * 224 * 224, "193 MB"
+    data = Resident(arrays, Data(name="imagenet"), Place())
+    assert data._x["train"].data_ptr() == arrays.train[0].data_ptr(), "not copied"
 
 
 @pytest.mark.parametrize(
