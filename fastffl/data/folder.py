@@ -1,176 +1,171 @@
-"""folder: any tree of class folders, decoded by Pillow and augmented by torchvision v2 in worker processes.
+"""folder: any tree of class folders, or tar shards. Which images, in which order, with which labels; decoders make the pixels."""
 
-Training: RandomResizedCrop and flip. Evaluation: the shorter side resized to size * 256/224, centre crop.
-"""
-
+import importlib.util
+import math
 import os
-import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from ..errors import DataError
+from ..errors import DataError, printable
 from ..recipe import Data
-from ..values import Batch
+from ..values import UNLABELLED, Batch
+from .decoder import Decoder, Job
+from .finish import Finish
 from .manifest import Manifest, splits
+from .portable import Portable, fetch, why
 from .rng import mix, order
 from .source import Place, held_split, portions
+from .synthetic import SHAPES
+from .views import Evaluation, Training, train_size
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")  # no others: Pillow runs a program for some (EPS)
-MAX_PIXELS = 100_000_000  # decoded that is 300 MB
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PROBES = 8  # files that must all be unreadable before a data set is taken to be gone
 
 
-def decode(path: Path) -> "Image":
-    """The RGB pixels of an image file as they are stored: no EXIF rotation, transparency dropped, 16-bit grey scaled to 8.
-
-    ValueError or one of the many errors of Pillow where that can't be done.
-    """
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd metadata, which we do not read; sizes are judged here
-        try:
-            opened = Image.open(path, formats=FORMATS)
-        except Image.DecompressionBombError:
-            raise ValueError(f"its header claims more than {MAX_PIXELS // 10**6} million pixels") from None
-        except Image.UnidentifiedImageError:
-            raise ValueError(f"it is no image of a known kind ({', '.join(FORMATS)})") from None
-        with opened as image:
-            if image.width * image.height > MAX_PIXELS:
-                size = f"{image.width} x {image.height}"
-                raise ValueError(f"its header claims {size} pixels, more than {MAX_PIXELS // 10**6} million")
-            if image.mode == "F" or image.mode.startswith("I"):  # grey of 16 or more bits; convert() would clip it to white
-                grey = np.asarray(image)
-                if grey.dtype.kind not in "iu" or grey.min() < 0 or grey.max() > 0xFFFF:
-                    raise ValueError("its values have more than 16 bits; expected 8 or 16")
-                return Image.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
-
-
-def middle(image: "Image") -> "Image":
-    """A very long image without its ends, which the centre crop would drop after enlarging them to gigabytes."""
-    w, h = image.size
-    reach = 8 * min(w, h)
-    if max(w, h) <= reach:
-        return image
-    left, top = max(0, (w - reach) // 2), max(0, (h - reach) // 2)
-    return image.crop((left, top, min(w, left + reach), min(h, top + reach)))
-
-
-class Images(Dataset[tuple[Tensor, int, int, str]]):
-    """Decoded and transformed images of a manifest; a sample that can't be read carries the reason instead of pixels.
-
-    With `epoch` given, each sample's randomness is a function of (seed, epoch, id), whoever decodes it.
-    """
-
-    def __init__(self, manifest: Manifest, ids: Tensor, transform: Any, size: int, seed: int = 0, epoch: int | None = None):
-        self.manifest, self.ids, self.transform, self.size, self.seed, self.epoch = (
-            manifest,
-            ids,
-            transform,
-            size,
-            seed,
-            epoch,
-        )
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, k: int) -> tuple[Tensor, int, int, str]:
-        at = int(self.ids[k])
-        label = self.manifest.labels[at]
-        try:
-            rgb = decode(self.manifest.root / self.manifest.files[at])
-        except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... on damaged files
-            why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            return torch.zeros(3, self.size, self.size), label, at, why
-        if self.epoch is None:
-            return self.transform(middle(rgb)), label, at, ""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mix(self.seed, self.epoch, at))
-            return self.transform(rgb), label, at, ""
-
-
-def _guarded(loader: DataLoader[Any]) -> Iterator[Any]:
-    """What the loader gives; DataError where one of its processes dies, which torch tells as a RuntimeError."""
+def has_dali() -> bool:
+    """Whether NVIDIA's DALI is installed; it is not imported."""
     try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # no package of NVIDIA's at all
+        return False
+
+
+def decoder(cfg: Data, manifest: Manifest, place: Place) -> Decoder:
+    """Who decodes the files of a manifest, as cfg.loader says."""
+    cuda = place.device.type == "cuda"
+    if cfg.loader == "dali" and not has_dali():
+        raise DataError("data.loader dali: DALI is not installed; pip install 'fastffl[gpu]' (with CUDA 12: 'fastffl[gpu-cu12]')")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's: those that share this machine's cores
+    workers = max(0, cores // ranks - 1) if cfg.workers is None else cfg.workers
+    if cfg.loader == "dali" or (cfg.loader == "auto" and cuda and has_dali()):
+        from .dali import Dali
+
+        return Dali(manifest, place, max(1, workers), cfg.rand_magnitude)
+    return Portable(manifest, place, workers)
+
+
+def opened(cfg: Data) -> tuple[dict[str, Manifest], bool]:
+    """The manifests of a folder's splits and whether it has a val of its own. DataError says what was looked for."""
+    try:
+        found = splits(cfg.root, cfg.checked)
+    except DataError as error:
+        if cfg.name == "folder":
             raise
-        raise DataError(
-            f"a process that decodes images died ({str(error).splitlines()[0]}); if memory ran out, use --set data.workers=0"
-        ) from None
+        fix = "or --set data.loader=synthetic --set run.max_steps=3 to try it without images"
+        if cfg.root is None:
+            raise DataError(
+                f"{cfg.name} needs images and none were named: expected DIR/train/CLASS/IMAGE.JPEG and "
+                f"DIR/val/CLASS/IMAGE.JPEG (or tar shards); type fastffl train {cfg.name} --data DIR, {fix}"
+            ) from None
+        raise DataError(f"{cfg.name}: {error}; type --data DIR with another folder, {fix}") from None
+    held = {"val": found.val} if found.val else {}
+    return {"train": found.train, "test": found.test, **held}, bool(found.val)
 
 
 class Folder:
-    """A Source over image files."""
+    """A Source over image files. A batch's `id` is the file's place in its split's manifest."""
 
     def __init__(self, cfg: Data, place: Place):
-        from torchvision.transforms import v2
-
-        found = splits(cfg.root)
-        train, test = found.train, found.test
-        self.name, self.classes, self.channels = "folder", train.classes, 3
-        self.size = cfg.size or 224
+        self._manifests, has_val = opened(cfg)
+        train = self._manifests["train"]
+        self.name, self.classes, self.channels = cfg.name, train.classes, 3
+        self.size = cfg.size or SHAPES[cfg.name][1]
         self.mean, self.std = cfg.mean or IMAGENET_MEAN, cfg.std or IMAGENET_STD
         if not len(self.mean) == len(self.std) == 3:
             raise DataError(f"data.mean and data.std have {len(self.mean)} and {len(self.std)} values for 3 channels")
-        if cfg.val_fraction and found.val:
+        if cfg.val_fraction and has_val:
             raise DataError(f"data.val_fraction {cfg.val_fraction:g}: {cfg.root} has a val folder of its own; leave it at 0")
-        self.cfg, self._place = cfg, place
+        if cfg.start_size is not None and cfg.start_size > self.size:
+            raise DataError(f"data.start_size {cfg.start_size} is above the size {self.size} that it should grow to")
+        self.cfg, self.place = cfg, place
         self.bad: dict[int, str] = {}
         self.say: Callable[[str], None] = print
-        finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(self.mean), list(self.std))]
-        flip = [v2.RandomHorizontalFlip()] if cfg.flip is not False else []
-        self._augment = v2.Compose([v2.RandomResizedCrop(self.size, antialias=True), *flip, *finish])
-        self._plain = v2.Compose([v2.Resize(self.size * 256 // 224, antialias=True), v2.CenterCrop(self.size), *finish])
-        used, held = portions(torch.tensor(train.labels), cfg.train_fraction, cfg.val_fraction)
-        self._sets = {"train": (train, used), "test": (test, torch.arange(len(test.files)))}
-        if found.val:
-            self._sets["val"] = (found.val, torch.arange(len(found.val.files)))
-        elif len(held):
-            self._sets["val"] = (train, held)
+        self._labels = {split: torch.tensor(m.labels) for split, m in self._manifests.items()}
+        used, held = portions(self._labels["train"], cfg.train_fraction, cfg.val_fraction)
+        self._ids = {"train": used, **{s: torch.arange(len(m.labels)) for s, m in self._manifests.items() if s != "train"}}
+        if len(held):
+            self._manifests["val"], self._labels["val"], self._ids["val"] = train, self._labels["train"], held
+        self._decoders: dict[str, Decoder] = {}
+        self._finish = Finish(self.mean, self.std, place)
+        self._operations = 0
+        if cfg.rand_augment:
+            from .rand_augment import OPS
+
+            self._operations = len(OPS)
 
     def samples(self, split: str) -> int:
-        return len(self._sets[held_split(split, "val" in self._sets)][1])
+        return len(self._ids[held_split(split, "val" in self._ids)])
+
+    def close(self) -> None:
+        """End the decoders; the next epoch makes new ones."""
+        for made in self._decoders.values():
+            made.close()
+        self._decoders.clear()
+
+    def _decoder(self, split: str) -> Decoder:
+        if split not in self._decoders:
+            self._decoders[split] = decoder(self.cfg, self._manifests[split], self.place)
+        return self._decoders[split]
 
     def train(self, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
-        manifest, ids = self._sets["train"]
-        images = Images(manifest, ids, self._augment, self.size, seed, epoch)
-        batches = [b.tolist() for b in order(seed, epoch, len(ids)).split(batch_size)][start:]
-        return self._batches(images, batches)
+        cfg, ids = self.cfg, self._ids["train"]
+        view = Training(cfg, train_size(cfg, self.size, epoch), seed, epoch, self._operations)
+        parts = self.place.batches(ids[order(seed, epoch, len(ids))], batch_size, start)
+        jobs = [Job(tuple(torch.where(part < 0, -1 - part, part).tolist()), view) for part in parts]
+        made = self._decoder("train").decode(jobs)
+        for number, (part, job, (x, bad)) in enumerate(zip(parts, jobs, made, strict=True), start):
+            if bad:
+                self._lost({job.ids[k]: why for k, why in bad.items() if part[k] >= 0}, all_of_it=len(bad) == len(part))
+            y = torch.where(part < 0, UNLABELLED, self._labels["train"][list(job.ids)])
+            y[list(bad)] = UNLABELLED
+            x, share = self._finish(x, mix(seed, epoch, number), cfg.mixup, cfg.cutmix)
+            if bad:
+                x[list(bad)] = 0
+            batch = self._put(x, y, part.clamp(min=-1))
+            yield batch if share is None else batch._replace(y2=batch.y.flip(0), mix=share)
 
     def evaluate(self, split: str, batch_size: int) -> Iterator[Batch]:
-        manifest, ids = self._sets[held_split(split, "val" in self._sets)]
-        images = Images(manifest, ids, self._plain, self.size)
-        return self._batches(images, [b.tolist() for b in torch.arange(len(ids)).split(batch_size)])
+        split = held_split(split, "val" in self._ids)
+        manifest, view = self._manifests[split], Evaluation(self.cfg, self.size)
+        parts = self.place.share(self._ids[split]).split(batch_size)
+        jobs = [Job(tuple(part.tolist()), view) for part in parts]
+        for part, (x, bad) in zip(parts, self._decoder(split).decode(jobs), strict=True):
+            if bad:  # accuracy is of every image or of none
+                k, reason = next(iter(bad.items()))
+                path = printable(manifest.path(int(part[k])))
+                raise DataError(
+                    f"{path} can't be decoded: {printable(reason)}; replace or remove it ({self._check} finds all such)"
+                )
+            yield self._put(self._finish(x)[0], self._labels[split][part], part)
 
-    def _batches(self, images: Images, batches: list[list[int]]) -> Iterator[Batch]:
-        workers = self.cfg.workers
-        if workers is None:
-            workers = max(0, len(os.sched_getaffinity(0)) - 1) if hasattr(os, "sched_getaffinity") else 0
-        cuda = self._place.device.type == "cuda"
-        loader = DataLoader(
-            images,
-            batch_sampler=batches,
-            num_workers=min(workers, len(batches)),
-            pin_memory=cuda,
-            generator=torch.Generator(),  # its own: making an iterator must not draw from the run's random numbers
-        )
-        for x, y, at, why in _guarded(loader):
-            for k, reason in zip(at.tolist(), why, strict=True):
-                if reason:
-                    path = images.manifest.root / images.manifest.files[k]
-                    raise DataError(f"{path} can't be decoded: {reason}; replace or remove the file")
-            x = x.to(self._place.device, memory_format=self._place.memory_format, non_blocking=cuda)
-            yield Batch(x, y.to(self._place.device, non_blocking=cuda), at.to(self._place.device, non_blocking=cuda))
+    def _put(self, x: Tensor, y: Tensor, id: Tensor) -> Batch:
+        device = self.place.device
+        return Batch(x, y.to(device, non_blocking=True), id.to(device, non_blocking=True))
+
+    @property
+    def _check(self) -> str:
+        return f"fastffl data check {printable(str(self.cfg.root))}"
+
+    def _lost(self, found: dict[int, str], all_of_it: bool) -> None:
+        """Name the bad training images that are new. DataError where they are too many, or no file can be read any more."""
+        manifest, total = self._manifests["train"], self.samples("train")
+        if all_of_it:
+            probes = range(0, len(manifest.labels), -(-len(manifest.labels) // PROBES))
+            errors = [error for error in fetch(manifest, probes) if isinstance(error, OSError)]
+            if len(errors) == len(probes):
+                text = f"none of {len(probes)} images of {self.cfg.root} can be read any more"
+                raise DataError(f"{text} ({why(errors[0])}); see whether it is mounted")
+        for id, reason in found.items():
+            if id in self.bad:
+                continue
+            self.bad[id] = reason
+            text = f"{printable(manifest.path(id))} can't be decoded: {printable(reason)}"
+            if len(self.bad) > math.ceil(self.cfg.max_bad * total):
+                raise DataError(
+                    f"{text}; with it {len(self.bad)} of {total} training images are lost, more than data.max_bad "
+                    f"{self.cfg.max_bad:g} allows; {self._check} finds all of them and leaves them out"
+                )
+            self.say(f"{text}; it counts for nothing in training; {self._check} finds all such")
