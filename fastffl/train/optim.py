@@ -66,22 +66,45 @@ class FlatAdamW(torch.optim.AdamW):
         self.flat.refresh()
 
 
-def build(learner: Learner, optim: Optim, flat: bool | None = None) -> Optimizer:
-    """SGD or AdamW. Its `found_inf` attribute, set by the step, makes it skip on the device.
+class HostRate(Optimizer):
+    """Put before an optimizer whose rate is a constant of its launches: a captured step would repeat that rate for ever."""
 
-    flat   parameters in one buffer, `.flat` of the optimizer, with shadows in the learner's half precision; None: not on a CPU
+    def step(self, closure: Callable[[], Any] | None = None, **more: Any) -> Any:
+        if self.param_groups[0]["params"][0].is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("this optimizer takes its rate from the host; optim.impl=auto does not")
+        inner: Any = super()
+        return inner.step(closure, **more)
+
+
+class TorchSGD(HostRate, torch.optim.SGD):
+    """torch's own."""
+
+
+class TorchAdamW(HostRate, torch.optim.AdamW):
+    """torch's own."""
+
+
+def build(learner: Learner, optim: Optim, flat: bool | None = None) -> Optimizer:
+    """SGD, AdamW or LAMB. Its `found_inf` attribute, set by the step, makes it skip on the device.
+
+    flat   parameters in one buffer, `.flat` of the optimizer, with shadows in the learner's half precision; None: with
+           optim.impl=auto, not on a CPU
     """
     parts = groups(learner, optim)
+    if optim.impl == "apex":
+        from . import apex
+
+        return apex.build(parts, optim)
     if flat is None:
-        flat = next(learner.parameters()).device.type != "cpu"
+        flat = optim.impl == "auto" and next(learner.parameters()).device.type != "cpu"
     nesterov = optim.nesterov and optim.momentum > 0
     if flat and optim.name == "adamw":
         return FlatAdamW(parts, optim.lr, learner.amp_dtype)
     if flat:
         return FlatSGD(parts, lr=optim.lr, momentum=optim.momentum, nesterov=nesterov, shadow=learner.amp_dtype)
     if optim.name == "adamw":
-        return torch.optim.AdamW(parts, lr=optim.lr, fused=True)
-    made = torch.optim.SGD(parts, lr=optim.lr, momentum=optim.momentum, nesterov=nesterov, fused=True)
+        return TorchAdamW(parts, lr=optim.lr, fused=True)
+    made = TorchSGD(parts, lr=optim.lr, momentum=optim.momentum, nesterov=nesterov, fused=True)
     if optim.momentum:
         # torch (2.11 to 2.15) allocates fused momentum by empty_like on the first step and takes it as written even
         # where that step is skipped: the next step then reads garbage. Zeros are exact, as dampening is 0.

@@ -1,0 +1,1 @@
+"""Laid out as NVIDIA's apex is, with its habits: see optimizers/."""
