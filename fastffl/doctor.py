@@ -1,11 +1,13 @@
-"""doctor: what this machine has of what fastffl can use, and the command that brings what is missing. Imports no part."""
+"""doctor: what this machine has of what fastffl can use, and the command that brings what is missing.
+
+Parts are looked up, not imported, but for torch and the compiled part of apex, which tell only then whether they work.
+"""
 
 import importlib.metadata
 import importlib.util
 import os
 import shutil
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 
@@ -33,25 +35,35 @@ def _package(part: str, distribution: str, needed: bool, fix: str) -> Part:
 
 
 def _apex() -> Part:
-    """NVIDIA's apex is known by its files: another project holds the name on the package index."""
-    spec = importlib.util.find_spec("apex")
-    if spec is None:
-        return Part("apex", "", "absent", "optional optimizers; build NVIDIA's from source, never `pip install apex`")
-    places = list(spec.submodule_search_locations or [])
-    if not any((Path(p) / "optimizers" / "fused_sgd.py").is_file() for p in places):
-        return Part("apex", _version("apex"), "wrong", "this 'apex' is not NVIDIA's: pip uninstall apex")
-    return Part("apex", _version("apex"), "ok", "")
+    """Optional fused optimizers: another project holds the name on the package index."""
+    try:
+        from .train import apex  # needs torch, which knows the compiler that would build it
+    except ImportError:
+        return Part("apex", "", "absent", "optional optimizers; install torch first")
+    at = apex.found()
+    if at.state == "absent":
+        return Part("apex", "", "absent", f"optional optimizers (optim.impl=apex), never `pip install apex`; {at.fix}")
+    return Part("apex", at.version, "ok" if at.state == "ok" else "wrong", f"{at.said}; {at.fix}" if at.said else "")
 
 
-def _dali() -> Part:
-    for name in ("nvidia-dali-cuda130", "nvidia-dali-cuda120"):
+def _dali(cuda: str) -> Part:
+    """`cuda` is what torch was built for, or nothing. Two CUDAs in one process end in errors far from their cause."""
+    for name, major in (("nvidia-dali-cuda130", "13"), ("nvidia-dali-cuda120", "12")):
         if version := _version(name):
-            return Part("dali", f"{version} ({name[-7:]})", "ok", "")
+            shown = f"{version} ({name[-7:]})"
+            if cuda and cuda.partition(".")[0] != major:
+                extra = "gpu" if cuda.startswith("13.") else "gpu-cu12"
+                fix = f'torch has CUDA {cuda}: pip uninstall {name}, then pip install "fastffl[{extra}]"'
+                return Part("dali", shown, "wrong", fix)
+            return Part("dali", shown, "ok", "")
     return Part("dali", "", "absent", 'optional, decodes JPEGs on the GPU: pip install "fastffl[gpu]"')
 
 
 def _cuda() -> Part:
-    import torch  # the one part that has to be asked: a driver can't be seen from files
+    try:
+        import torch  # the one part that has to be asked: a driver can't be seen from files
+    except ImportError:
+        return Part("cuda", "", "absent", "install torch first")
 
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
@@ -75,9 +87,9 @@ def report() -> list[Part]:
         )
     ]
     parts += [_package(p, d, True, f"pip install {d}") for p, d in needed]
-    parts += [_cuda()]
-    parts.append(_package("triton", "triton", False, "kernels use the torch reference (same results)"))
-    parts += [_dali(), _apex()]
+    cuda = _cuda()
+    parts += [cuda, _package("triton", "triton", False, "kernels use the torch reference (same results)")]
+    parts += [_dali(cuda.version.partition(" ")[0]), _apex()]
     for extra, distribution in (("onnx", "onnx"), ("tb", "tensorboard"), ("wandb", "wandb"), ("report", "matplotlib")):
         parts.append(_package(extra, distribution, False, f'optional: pip install "fastffl[{extra}]"'))
     asked = os.environ.get("FASTFFL_KERNELS", "auto")
