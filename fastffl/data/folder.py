@@ -71,7 +71,8 @@ class Folder:
     def __init__(self, cfg: Data, place: Place):
         self._manifests, has_val = opened(cfg)
         train = self._manifests["train"]
-        self.name, self.classes, self.channels = cfg.name, train.classes, 3
+        self.name: str = cfg.name
+        self.classes, self.channels = train.classes, 3
         self.size = cfg.size or SHAPES[cfg.name][1]
         self.mean, self.std = cfg.mean or IMAGENET_MEAN, cfg.std or IMAGENET_STD
         if not len(self.mean) == len(self.std) == 3:

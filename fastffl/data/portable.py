@@ -161,9 +161,14 @@ class _Jobs(Dataset[tuple[Tensor, dict[int, str]]]):
         return len(self.jobs)
 
     def __getitem__(self, k: int) -> tuple[Tensor, dict[int, str]]:
-        mine = self.at[get_worker_info().id]
-        made = whole(self.manifest, self.jobs[k], partial(mine[1].fill_))
-        mine[1] = -1
+        worker = get_worker_info()
+        assert worker is not None
+
+        def note(id: int) -> None:
+            self.at[worker.id, 1] = id
+
+        made = whole(self.manifest, self.jobs[k], note)
+        note(-1)
         return made
 
 
