@@ -123,23 +123,26 @@ def train(
         }
         chosen = _recipe(recipe, method, model, flags, sets)
         from .data import Place, source
-        from .train import Learner, fit
+        from .train import Learner, fit, joined
         from .train.device import plan
         from .train.progress import Progress
 
-        where = plan(chosen)
-        images = source(chosen.data, Place(where.device, where.memory_format, where.images))
-        learner = Learner.build(chosen, len(images.classes), images.channels, images.size)
-        progress = Progress()
-        _introduce(chosen, images, learner, where.text, progress.line)
-        result = fit(learner, images, chosen, out=out, resume=resume, progress=progress, where=where)
-        if not json:
+        with joined(chosen) as ranks:
+            where = plan(chosen)
+            place = Place(where.device, where.memory_format, where.images, ranks.rank, ranks.size)
+            images = source(chosen.data, place)
+            learner = Learner.build(chosen, len(images.classes), images.channels, images.size)
+            progress = Progress(quiet=not ranks.first)
+            _introduce(chosen, images, learner, where.text, ranks.size, progress.line)
+            more: dict[str, Any] = {"progress": progress, "where": where, "ranks": ranks}
+            result = fit(learner, images, chosen, out=out, resume=resume, **more)
+        if ranks.first and not json:
             _results(result)
-    if json:
+    if ranks.first and json:
         _say(_dumps(asdict(result)))
 
 
-def _introduce(recipe: "Recipe", images: Any, learner: Any, where: str, line: Any) -> None:
+def _introduce(recipe: "Recipe", images: Any, learner: Any, where: str, ranks: int, line: Any) -> None:
     """What is about to be trained, in a few lines."""
     count = sum(p.numel() for p in learner.parameters())
     shared = "shared stem" if learner.cohort.shared else "separate"
@@ -150,9 +153,15 @@ def _introduce(recipe: "Recipe", images: Any, learner: Any, where: str, line: An
         f"data   {images.name}: {images.samples('train'):,} train, {images.samples('val'):,} val, {images.channels} x "
         f"{images.size} x {images.size}, {len(images.classes)} classes ({names})"
     )
-    accum = recipe.optim.accum
-    step = f"batch {recipe.data.batch_size} = 1 rank x {recipe.data.batch_size // accum} x accum {accum}"
-    line(f"run    {recipe.sched.epochs} epochs, {step}, lr {recipe.optim.lr:g}, ramp {recipe.sched.ramp}, seed {recipe.run.seed}")
+    accum, batch = recipe.optim.accum, recipe.data.batch_size
+    step = f"batch {batch} = {ranks} rank{'s' * (ranks > 1)} x {batch // ranks // accum} x accum {accum}"
+    uneven = f" (and {batch % (ranks * accum)} more on some)" if batch % (ranks * accum) else ""
+    lr = f"lr {recipe.optim.lr:g}"
+    if recipe.optim.lr_batch:
+        lr += f"/{recipe.optim.lr_batch} -> {recipe.peak_lr:g} (linear)"
+    if recipe.data.start_size:
+        lr += f", images {recipe.data.start_size} to {images.size} px over {recipe.data.grow_epochs} epochs"
+    line(f"run    {recipe.sched.epochs} epochs, {step}{uneven}, {lr}, ramp {recipe.sched.ramp}, seed {recipe.run.seed}")
     line(f"where  {where}")
 
 

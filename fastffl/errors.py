@@ -37,6 +37,10 @@ class NumericsError(FastFFLError):
     """Training met non-finite numbers for too long; the weights are those of the last finite step."""
 
 
+class RankError(FastFFLError):
+    """Another process of the run died, stopped, failed or computed something else; the text names it."""
+
+
 class ThresholdError(FastFFLError):
     """A result below what `--expect` asked for."""
 

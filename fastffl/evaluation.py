@@ -54,11 +54,13 @@ def evaluate(
     *,
     scorer: Scorer | None = None,
     add: Callable[[Tensor, Tensor], None] | None = None,
+    reduce: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> dict[str, dict[str, Any]]:
     """`{vote: {"top1": %, "top5": %, "nll": nats, "samples": n}}`; sums stay on the device, one host read at the end.
 
     check    called before every batch; may raise to stop
     scorer   keeps the sums, and `add` counts a batch in its place: for the trainer, which captures it
+    reduce   sums a tensor over the ranks, in place
     """
     scorer = scorer or Scorer(learner)
     add = add or scorer.add
@@ -76,6 +78,9 @@ def evaluate(
             add(x, y)
     finally:
         learner.train(was)
+    for total in (scorer.counts, scorer.nll):
+        reduce(total)
+    seen = int(reduce(torch.tensor(seen)))
     if seen != data.samples(split):
         raise DataError(f"{data.name} {split} gave {seen} of {data.samples(split)} samples; refusing to report accuracy")
     return scorer.read(seen)

@@ -173,7 +173,7 @@ class Run(Section):
     """peers side by side inside the graph; auto: measured against one after the other, the faster is kept"""
     sync_bn: bool = False
     """batch norm over the samples of all ranks; off: over a rank's own, running statistics averaged once per epoch"""
-    watch: float = Field(30.0, ge=1, le=3600)
+    watch: float = Field(20.0, ge=1, le=3600)
     """seconds after which a rank that is not heard of, or that keeps the others waiting, is named and the run ended"""
     loggers: tuple[Literal["tb", "wandb"], ...] = ()
     """also send every row to TensorBoard (RUN/tb) or Weights & Biases"""

@@ -1,5 +1,6 @@
 """Where batches come from: the Source protocol, and the rule that picks one for a recipe."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +23,9 @@ class Place:
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     memory_format: torch.memory_format = torch.contiguous_format
-    dtype: torch.dtype = torch.float32  # of images that are made on the device; others come as fp32
-    rank: int = 0
-    ranks: int = 1
+    dtype: torch.dtype = torch.float32  # of the images
+    rank: int = field(default_factory=lambda: int(os.environ.get("RANK", "0")))  # torchrun's
+    ranks: int = field(default_factory=lambda: int(os.environ.get("WORLD_SIZE", "1")))
 
     def batches(self, ids: Tensor, batch_size: int, start: int = 0) -> list[Tensor]:
         """This rank's share of every training batch from number `start` on, ids (N,) in the order of the epoch.
@@ -51,6 +52,7 @@ class Source(Protocol):
     can be skipped at no cost and without a trace. `batch_size` of `train` is that of all ranks together, every rank gets the
     same number of batches; `batch_size` of `evaluate` is a rank's own.
 
+    place What it was opened for; a Source without it gives whole batches, which is right for one process
     bad   training images that could not be read so far, by id, with the reason; they come with label UNLABELLED
     say   told about each of them once, a line for people; the trainer sets it
     """

@@ -7,6 +7,7 @@ from typing import Any
 from .. import methods
 from ..data import Source
 from ..errors import CheckpointError, UsageError
+from ..nets.sync_norm import plain_norms, sync_norms
 from ..recipe import Amp, Data, Nets, Optim, Recipe, Run, Sched, change, differences
 from . import checkpoint
 from .device import Plan as Plan
@@ -17,7 +18,9 @@ from .loop import Result as Result
 from .loop import Trainer
 from .progress import Progress
 from .randomness import seed_all
-from .rundir import RunDir, environment, fresh, numbered
+from .ranks import Ranks as Ranks
+from .ranks import joined as joined
+from .rundir import Elsewhere, RunDir, environment, fresh, numbered
 
 
 def fit(
@@ -29,6 +32,7 @@ def fit(
     resume: str = "auto",
     progress: Progress | None = None,
     where: Plan | None = None,
+    ranks: Ranks | None = None,
     **changes: Any,
 ) -> Result:
     """Train `learner` on `data`, in place, and return the Result. It ends with the weights that were scored: with
@@ -40,6 +44,7 @@ def fit(
     out       run folder; None: runs/NAME-NNNN, the next free number
     resume    "auto" goes on where `out` holds a checkpoint (or where the newest unfinished run of the same recipe
               stopped), "never" starts anew, a path goes on from that run's checkpoint
+    ranks     from `joined(recipe)`; None: joined here. Under torchrun `data` gives this rank's share: see `Place`
     changes   epochs, batch_size, lr, seed, amp, and any dotted recipe path with `__` for the dot: optim__clip=5.0
     FastFFLError says what could not be used; Interrupted means SIGINT or SIGTERM arrived and everything is saved.
     """
@@ -58,22 +63,54 @@ def fit(
     if have != want:
         text = "a learner of {} classes and {} x {} pixels".format(*have)
         raise UsageError(f"{text} can't learn {data.name}, which has {want[0]} classes and {want[1]} x {want[2]} pixels")
+    if ranks is None:
+        with joined(recipe) as found:
+            return _fit(learner, data, recipe, out, resume, progress, where, found)
+    return _fit(learner, data, recipe, out, resume, progress, where, ranks)
+
+
+def _fit(
+    learner: Learner,
+    data: Source,
+    recipe: Recipe,
+    out: str | Path | None,
+    resume: str,
+    progress: Progress | None,
+    where: Plan | None,
+    ranks: Ranks,
+) -> Result:
+    """`fit` once the ranks are known."""
+    place = getattr(data, "place", None)
+    share = (place.rank, place.ranks) if place else (0, 1)
+    if share != (ranks.rank, ranks.size):
+        raise UsageError(
+            f"{data.name} gives share {share[0] + 1} of {share[1]} of each batch, and this is rank {ranks.rank} of {ranks.size}; "
+            f"open it with Place(device, rank={ranks.rank}, ranks={ranks.size})"
+        )
+    if ranks.size > recipe.data.batch_size:
+        raise UsageError(f"data.batch_size {recipe.data.batch_size} is less than one sample for each of {ranks.size} ranks")
+    ranks.same(recipe, data.classes, data.samples("train"))
     where = where or plan(recipe)
-    progress = progress or Progress()
-    path, source_dir = _folders(recipe, out, resume)
-    run = RunDir(path)
+    progress = progress or Progress(quiet=not ranks.first)
+    path, source_dir = ranks.from_first(_folders(recipe, out, resume) if ranks.first else None)
+    run = RunDir(path) if ranks.first else Elsewhere(path)
     try:
-        trainer = Trainer(recipe, learner, data, where, run, progress)
-        if resume == "never" and checkpoint.newest(run.last) is not None:
+        if recipe.run.sync_bn and not ranks.alone:
+            sync_norms(learner, where.device.type == "cuda")
+        trainer = Trainer(recipe, learner, data, where, run, progress, ranks)
+        if resume == "never" and ranks.first and checkpoint.newest(run.last) is not None:
             raise UsageError(f"{path} already holds a run; --resume never needs a folder without one: choose another --out")
-        state = None if resume == "never" else checkpoint.newest(source_dir, where.device, progress.line)
+        state = None
+        if resume != "never":
+            device = where.device if ranks.alone else "cpu"
+            state = ranks.from_first(checkpoint.newest(source_dir, device, progress.line) if ranks.first else None)
         if state is None and source_dir != run.last:
             raise CheckpointError(f"--resume {resume}: there is no checkpoint in {source_dir}")
         if state is not None:
             trainer.load(state)
             progress.line(f"resumed at epoch {trainer.epoch + 1}, step {trainer.count} of {path}")
         else:
-            seed_all(recipe.run.seed)
+            seed_all(recipe.run.seed, ranks.rank)
         if state is not None and source_dir.parent.resolve() == path.resolve():
             run.trim(trainer.epoch)
             if source_dir.name == "last":
@@ -86,6 +123,7 @@ def fit(
             learner.load_state_dict(trainer.step.average.model.state_dict())
         return result
     finally:
+        plain_norms(learner)
         run.close()
 
 

@@ -286,6 +286,10 @@ class Stepper:
         if not graph:
             self._why = "run.graph is off"
             return
+        if not step.ranks.alone:
+            # NCCL inside a graph needs eleven eager steps on the capturing stream and its watchdog off: not tried yet
+            self._why = "several ranks reduce gradients between its kernels"
+            return
         if where.device.type != "cuda" and backend is None:
             self._why = f"CUDA graphs need CUDA, this is {where.device.type}"
             return
@@ -296,7 +300,7 @@ class Stepper:
         self._graphed = Graphed(step.update, self.backend, branches=cohort.branches, asked=streams, say=say, undo=step.forget)
 
     def __call__(self, batch: Batch) -> None:
-        if batch.x.is_cuda and not self._primed:
+        if batch.x.is_cuda and not self._primed and self.step.ranks.alone:
             prime(self.step, batch.x, *batch.labels)
         self._primed = True
         if self._graphed is None:
@@ -334,6 +338,7 @@ class Evaluator:
         self.model.amp_dtype = where.dtype
         self._scorer = Scorer(self.model)
         self._lowered = nullcontext if step.average else step.lowered
+        self._sum = step.ranks.sum
         self._primed = False
         self.add: Callable[[Tensor, Tensor], None] = self._add
         if graph and (where.device.type == "cuda" or backend):
@@ -350,7 +355,7 @@ class Evaluator:
             self._scorer.add(x, y)
 
     def __call__(self, data: Source, batch_size: int, check: Callable[[], None] | None = None) -> dict[str, dict[str, Any]]:
-        return evaluate(self.model, data, "val", batch_size, check, scorer=self._scorer, add=self.add)
+        return evaluate(self.model, data, "val", batch_size, check, scorer=self._scorer, add=self.add, reduce=self._sum)
 
     def close(self) -> None:
         """Drop the graphs and their memory."""

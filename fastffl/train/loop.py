@@ -1,6 +1,7 @@
 """Trainer: epochs, evaluation, checkpoints, signals. One loop for every method, data set and device."""
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from ..data import Source
+from ..data.rng import mix
 from ..errors import CheckpointError, DataError, DiskError, Interrupted
 from ..recipe import Recipe, differences
 from ..streams import Streams, ahead
@@ -19,12 +21,13 @@ from .device import Plan
 from .graph import Evaluator, Stepper, computing
 from .learner import Learner
 from .progress import Progress
-from .randomness import rng_state, set_rng_state
+from .randomness import rng_state, seed_all, set_rng_state
+from .ranks import Ranks
 from .rundir import RunDir
 from .signals import Stopper
 from .step import Step
 
-TRAINED = ("learner", "optimizer", "scaler", "average", "meters", "skips", "position", "last", "best", "rng")
+TRAINED = ("learner", "optimizer", "scaler", "average", "meters", "skips", "position", "last", "best", "rng", "ranks")
 DISK_TRIES = 3  # failed saves in a row before training stops
 
 
@@ -54,19 +57,30 @@ class Result:
 class Trainer:
     """Trains `learner` on `data` by `recipe`, writing to `run`. `fit` returns the Result or raises what stopped it."""
 
-    def __init__(self, recipe: Recipe, learner: Learner, data: Source, plan: Plan, run: RunDir, progress: Progress):
+    def __init__(
+        self,
+        recipe: Recipe,
+        learner: Learner,
+        data: Source,
+        plan: Plan,
+        run: RunDir,
+        progress: Progress,
+        ranks: Ranks | None = None,
+    ):
         self.recipe, self.learner, self.data, self.plan = recipe, learner, data, plan
-        self.run, self.progress = run, progress
+        self.run, self.progress, self.ranks = run, progress, ranks or Ranks()
+        data.say = self._say
         learner.place(plan)
         learner.loss.smoothing = recipe.data.smoothing
         self.optimizer = optim.build(learner, recipe.optim)
-        self.step = Step(learner, self.optimizer, recipe, plan.device)
+        self.step = Step(learner, self.optimizer, recipe, plan.device, self.ranks)
         graph = recipe.run.graph == "auto"
         self.stepper = Stepper(self.step, plan, streams=recipe.run.streams, graph=graph, say=self._say)
         self.evaluator = Evaluator(self.step, plan, graph=graph, backend=self.stepper.backend)
         self.streams = Streams(plan.device) if plan.device.type == "cuda" else None
         self.batch_size = recipe.data.batch_size
-        self.steps = -(-data.samples("train") // self.batch_size)  # per epoch, the short last batch included
+        self.samples = data.samples("train")
+        self.steps = -(-self.samples // self.batch_size)  # per epoch, the short last batch included
         self.epoch, self.batch, self.count = 0, 0, 0  # position: the next batch, and optimizer steps done
         self.last: dict[str, float] = {}
         self.best: dict[str, dict[str, Any]] = {}
@@ -83,12 +97,15 @@ class Trainer:
         return self.epoch, self.batch, self.count
 
     def state(self) -> dict[str, Any]:
+        own: dict[str, Any] = {"rng": rng_state()}
+        if not self.ranks.alone:
+            own = {"ranks": self.ranks.gather({**own, "buffers": [f.cpu() for f in self.step.buffers.flat]})}
         return {
             **self.step.state(),
+            **own,
             "position": {"epoch": self.epoch, "batch": self.batch, "step": self.count},
             "last": dict(self.last),
             "best": {v: dict(b) for v, b in self.best.items()},
-            "rng": rng_state(),
             "recipe": self.recipe.json_text(),
             "classes": list(self.data.classes),
             "shape": [self.data.channels, self.data.size],
@@ -99,7 +116,7 @@ class Trainer:
     def digest(self) -> str:
         """One SHA-256 over everything trained: equal for an interrupted and resumed run and for the uninterrupted one."""
         state = self.state()
-        return checkpoint.digest({k: state[k] for k in TRAINED})
+        return checkpoint.digest({k: state[k] for k in TRAINED if k in state})
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint. CheckpointError where it belongs to another recipe, data set or learner."""
@@ -127,13 +144,38 @@ class Trainer:
         self.last, self.best = state["last"], state["best"]
         t = state["time"]
         self.seconds, self.wait, self.images = t["seconds"], t["wait"], t["images"]
-        set_rng_state(state["rng"])
+        self._load_own(state)
+
+    def _load_own(self, state: dict[str, Any]) -> None:
+        """What each rank has of its own: random numbers and running statistics. Position and order are everyone's, so another
+        number of ranks may go on; random numbers are then drawn anew and statistics are the mean over the former ranks."""
+        ranks = state.get("ranks", [])
+        if len(ranks) == self.ranks.size:
+            set_rng_state(ranks[self.ranks.rank]["rng"])
+            buffers = ranks[self.ranks.rank]["buffers"]
+        elif not ranks and self.ranks.alone:
+            set_rng_state(state["rng"])
+            return
+        else:
+            seed_all(mix(self.recipe.run.seed, self.count), self.ranks.rank)
+            made = [r["buffers"] for r in ranks]
+            buffers = [torch.stack(b).mean(0) if b[0].is_floating_point() else b[0] for b in zip(*made, strict=True)]
+            self._say(f"resumed with {self.ranks.size} rank(s) a run of {max(len(ranks), 1)}: same images, other random numbers")
+        for mine, stored in zip(self.step.buffers.flat, buffers or self.step.buffers.flat, strict=True):
+            mine.copy_(stored)
 
     def save(self, folder: Path, must: bool = False) -> None:
         """Checkpoint; a failing disk is reported and training goes on, unless it `must` or `last` failed too often."""
+        self.ranks.mark("saving")
+        self.compare()
         state = self.state()
-        facts = {"epoch": self.epoch, "digest": checkpoint.digest({k: state[k] for k in TRAINED})}
         last = folder == self.run.last
+        saved = self.ranks.from_first(self.ranks.first and self._write(folder, state, last, must))
+        if last and saved:
+            self.disk_failures, self.saved_at = 0, self.position
+
+    def _write(self, folder: Path, state: dict[str, Any], last: bool, must: bool) -> bool:
+        facts = {"epoch": self.epoch, "digest": checkpoint.digest({k: state[k] for k in TRAINED if k in state})}
         try:
             self.run.flush()
             checkpoint.save(folder, state, self.count, facts, keep=checkpoint.KEEP if last else 1)
@@ -142,9 +184,13 @@ class Trainer:
             if must or self.disk_failures >= DISK_TRIES:
                 raise
             self.progress.line(f"warning: {error}; training goes on (failure {self.disk_failures} of {DISK_TRIES})")
-        else:
-            if last:
-                self.disk_failures, self.saved_at = 0, self.position
+            return False
+        return True
+
+    def compare(self) -> None:
+        """RankError where a rank's weights are not the others'."""
+        if not self.ranks.alone:
+            self.ranks.compare(dict(self.learner.named_parameters()))
 
     # ---- training
 
@@ -165,7 +211,8 @@ class Trainer:
                 while self.epoch < self.recipe.sched.epochs and not (self._enough() and self.batch < self.steps):
                     skipped = self._epoch(stop)
         except DataError:
-            if self.position != self.saved_at:  # a damaged image must not cost the steps before it
+            # a damaged image must not cost the steps before it; several ranks can't save what one of them does not reach
+            if self.ranks.alone and self.position != self.saved_at:
                 self.save(self.run.last)
             raise
         finally:
@@ -178,14 +225,14 @@ class Trainer:
         limit = self.recipe.run.max_steps
         return limit is not None and self.count >= limit
 
-    def _stop(self, stop: Stopper) -> None:
-        """Save and raise Interrupted if a signal came."""
-        if stop.signum:
+    def _stop(self, signum: int) -> None:
+        """Save and raise Interrupted if a signal came, to any rank."""
+        if signum:
             if self.position != self.saved_at:
                 self.save(self.run.last, must=True)
-            name = {2: "SIGINT", 15: "SIGTERM"}[stop.signum]
+            name = {2: "SIGINT", 15: "SIGTERM"}[signum]
             where = f"epoch {self.epoch + 1}, step {self.count}"
-            raise Interrupted(f"{name}: saved at {where}; the same command goes on from {self.run.path}", stop.signum)
+            raise Interrupted(f"{name}: saved at {where}; the same command goes on from {self.run.path}", signum)
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, with the time spent waiting for each added to `wait`."""
@@ -212,28 +259,33 @@ class Trainer:
 
         batches = self.data.train(self.batch_size, run.seed, self.epoch, self.batch)
         for batch in self._timed(ahead(batches, self.streams, self._put)):
+            self.ranks.mark(f"step {self.count + 1}")
             self.step.rate(schedule.rate(sched, self.recipe.peak_lr, self.epoch, self.batch, self.steps))
             self.stepper(batch)
+            self.images += min(self.batch_size, self.samples - self.batch * self.batch_size)  # over all ranks
             self.batch += 1
             self.count += 1
-            self.images += len(batch.y)
             self.progress.step(self.count)
+            self.ranks.mark(f"data of step {self.count + 1}")
+            signum = self.ranks.agree(stop.signum)
             if self.count % run.log_every == 0:
                 self.step.check()
+                self.compare()
                 tick()
                 rate = (self.images - images) / (self.seconds - seconds)
                 share = (self.wait - wait) / (self.seconds - seconds)
                 self.progress.figures(self.step.meters.read()["loss"], rate, share)
-            if stop.signum or self._enough():
+            if signum or self._enough():
                 tick()
                 self.step.check()
-                self._stop(stop)
+                self._stop(signum)
                 if self.batch < self.steps:
                     return self.step.check()
                 break
         if self.batch != self.steps:
             raise DataError(f"{self.data.name} gave {self.batch} of {self.steps} batches in epoch {self.epoch + 1}")
         skipped = self.step.check()
+        self.step.average_buffers()
         tick()
         spent = max(self.seconds - seconds, 1e-9)
         row = {
@@ -243,7 +295,7 @@ class Trainer:
             "ramp": w,
             **self.step.meters.read(),
             "img_s": (self.images - images) / spent,
-            "data_wait": (self.wait - wait) / spent,
+            "data_wait": max(self.ranks.gather((self.wait - wait) / spent)),
             "seconds": self.seconds,
             "skipped": skipped,
         }
@@ -259,7 +311,7 @@ class Trainer:
             self.save(self.run.best)
         if final or self.epoch % run.save_every == 0:
             self.save(self.run.last, must=final)
-        self._stop(stop)
+        self._stop(self.ranks.settle(stop.signum))
         return skipped
 
     def _put(self, batch: Batch) -> Batch:
@@ -268,7 +320,13 @@ class Trainer:
         return Batch(x.to(self.plan.images), y, batch.id, *mixed)
 
     def _score(self, stop: Stopper) -> dict[str, dict[str, Any]]:
-        return self.evaluator(self.data, self.recipe.data.eval_batch_size, lambda: self._stop(stop))
+        # ranks may have unequal numbers of batches here, so several stop only after the last one
+        def check() -> None:
+            self.ranks.mark("evaluation")
+            if self.ranks.alone:
+                self._stop(stop.signum)
+
+        return self.evaluator(self.data, self.recipe.data.eval_batch_size, check)
 
     def _evaluate(self, stop: Stopper) -> tuple[dict[str, dict[str, Any]], bool]:
         """Score every vote after an epoch; whether the shipped one is better than ever."""
@@ -291,7 +349,9 @@ class Trainer:
         self.early = {v: score["top1"] for v, score in scored.items()}
 
     def _say(self, text: str) -> None:
-        """A line for people, which the log keeps."""
+        """A line for people, which the log keeps. What other ranks have to say is what they alone met."""
+        if not self.ranks.first:
+            print(f"rank {self.ranks.rank}: {text}", file=sys.stderr, flush=True)
         self.progress.line(text)
         self.run.log(text)
 

@@ -88,6 +88,31 @@ class RunDir:
             file.write(printable(line) + "\n")
 
 
+class Elsewhere(RunDir):
+    """The run folder as ranks other than the first see it: they write nothing."""
+
+    def __init__(self, path: Path):
+        self.path, self.loggers = path, None
+
+    def close(self) -> None:
+        pass
+
+    def begin(self, recipe: Recipe, environment: dict[str, Any]) -> None:
+        pass
+
+    def trim(self, epochs: int) -> None:
+        pass
+
+    def row(self, values: dict[str, Any]) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def log(self, line: str) -> None:
+        pass
+
+
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """Whole rows of a run; a line cut short by a crash is left out."""
     rows = []

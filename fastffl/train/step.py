@@ -21,9 +21,10 @@ from fastffl_kernels.sgd_flat import FlatParameters, FlatSGD
 from ..errors import NumericsError
 from ..nets.fused_norm import fuse_norms, unfuse_norms
 from ..recipe import Recipe
-from ..values import Batch
+from ..values import UNLABELLED, Batch
 from .learner import Learner
 from .optim import Lowered, flat_of
+from .ranks import Ranks
 
 LIMIT = 10  # non-finite steps in a row
 HOW = ("fused", "foreach", "capturable")  # options of an optimizer that say how it computes, not what
@@ -135,12 +136,14 @@ class Step:
     `update(x, y)` is all that the device does in a step, and nothing else: what a CUDA graph captures.
     """
 
-    def __init__(self, learner: Learner, optimizer: Optimizer, recipe: Recipe, device: torch.device):
+    def __init__(self, learner: Learner, optimizer: Optimizer, recipe: Recipe, device: torch.device, ranks: Ranks | None = None):
         self.learner, self.optimizer = learner, optimizer
+        self.ranks = ranks or Ranks()
         self.device, self.clip, self.accum = device, recipe.optim.clip, recipe.optim.accum
         self.params = [p for g in optimizer.param_groups for p in g["params"]]
         self.flat = flat_of(optimizer)
-        self.lowered = Lowered(learner, self.flat) if self.flat else nullcontext
+        # DDP sees gradients of parameters, not those of their half-precision leaves
+        self.lowered = Lowered(learner, self.flat) if self.flat and self.ranks.alone else nullcontext
         if self.flat:
             fuse_norms(learner.cohort)
         self.buffers = NormBuffers(learner)
@@ -149,6 +152,8 @@ class Step:
         self.meters = Meters(learner, device)
         self.w, self.one = torch.ones((), device=device), torch.ones((), device=device)
         self.lr = torch.full((), recipe.optim.lr, device=device)
+        self.forward = self.ranks.wrapped(learner, self.accum)
+        self.finite = torch.ones((), dtype=torch.bool, device=device)  # this rank's own loss in the last step
         self.names = (*learner.graph.terms, "gradient")
         self.streak = torch.zeros((), dtype=torch.int64, device=device)  # non-finite steps in a row
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # all steps that changed nothing
@@ -203,23 +208,42 @@ class Step:
                 self.average.update(self.buffers, verdict.blend)
 
     def _gradients(self, x: Tensor, labels: tuple[Tensor, ...]) -> list[Tensor]:
-        """Backward over the accumulation parts; the batch's mean loss, ce and kl, its top-1 counts and rows."""
+        """Backward over the accumulation parts; the batch's mean loss, ce and kl, its top-1 counts and rows.
+
+        The batch is that of all ranks. Its mean is over its labelled samples, which ranks and parts may hold unequal numbers of:
+        each part is weighted by its share of them, times the ranks, as DDP takes the mean of their gradients.
+        """
         up = self.one if self.scaler is None else self.scaler.scale
-        if self.accum == 1:
+        if self.accum == 1 and self.ranks.alone:
             return self._part(x, labels, up)
+        parts = [(x_k, labels_k) for x_k, *labels_k in zip(*(t.chunk(self.accum) for t in (x, *labels)), strict=True)]
+        counts = [_labelled(labels_k) for _, labels_k in parts]
+        total = torch.stack(counts).sum()
+        wait = self.ranks.begin_sum(total)
         sums: list[Tensor] | None = None
-        for part_x, *part in zip(*(t.chunk(self.accum) for t in (x, *labels)), strict=True):
-            share = len(part_x) / len(x)
-            *means, top1, rows = self._part(part_x, tuple(part), up * share)
+        for k, ((part_x, part_labels), count) in enumerate(zip(parts, counts, strict=True)):
+            if k == 0:
+                wait()
+                total.clamp_(min=1)
+            share = count / total
+            with nullcontext() if k == len(parts) - 1 or self.ranks.alone else self.forward.no_sync():  # type: ignore[operator]
+                *means, top1, rows = self._part(part_x, tuple(part_labels), up * share * self.ranks.size)
             part = [*(m * share for m in means), top1, rows]
             sums = part if sums is None else [a + b for a, b in zip(sums, part, strict=True)]
         assert sums is not None
-        return sums
+        return sums if self.ranks.alone else self._summed(sums)
+
+    def _summed(self, mine: list[Tensor]) -> list[Tensor]:
+        """Sums over the ranks, by one reduction; counts are exact in fp64."""
+        self.finite.copy_(torch.isfinite(mine[0]))
+        whole = self.ranks.sum(torch.cat([t.double().reshape(-1) for t in mine]))
+        parts = whole.split([t.numel() for t in mine])
+        return [p.view(t.shape).to(t.dtype) for p, t in zip(parts, mine, strict=True)]
 
     def _part(self, x: Tensor, labels: tuple[Tensor, ...], up: Tensor) -> list[Tensor]:
         """Forward and backward; `up` is the gradient of the loss, given so that nothing is multiplied by it on the way."""
         with self.lowered():
-            out = self.learner(x, labels[0], self.w, *labels[1:])
+            out = self.forward(x, labels[0], self.w, *labels[1:])
         out.loss.backward(up)
         if self.flat:
             self.flat.adopt()  # part by part: half-precision gradients are summed in fp32
@@ -265,11 +289,19 @@ class Step:
         if int(self.streak) >= LIMIT:
             bad = [n for n, b in zip(self.names, self.bad.tolist(), strict=True) if b]
             terms = [n for n in bad if n != "gradient"] or bad or ["their sum"]
+            odd = [k for k, good in enumerate(self.ranks.gather(bool(self.finite))) if not good]
+            where = f" on rank {', '.join(map(str, odd))}" if 0 < len(odd) < self.ranks.size else ""
             raise NumericsError(
-                f"loss not finite for {LIMIT} steps in a row, first bad term: {', '.join(terms)}; weights are those of the last "
-                "finite step; try a lower rate (--lr), warm-up (--set sched.warmup_epochs=1) or --set optim.clip=5"
+                f"loss not finite for {LIMIT} steps in a row{where}, first bad term: {', '.join(terms)}; weights are those of "
+                "the last finite step; try a lower rate (--lr), warm-up (--set sched.warmup_epochs=1) or --set optim.clip=5"
             )
         return int(self.skipped)
+
+    def average_buffers(self) -> None:
+        """Running statistics become their mean over the ranks."""
+        self.ranks.mean(self.buffers.flat)
+        if self.average:
+            self.average.buffers.follow(self.buffers)
 
     def state(self) -> dict[str, Any]:
         """Everything of the step that a bit-exact resume needs, learner and optimizer included."""
@@ -305,6 +337,14 @@ class Step:
             self.average.count.copy_(state["average"]["count"])
         _copy(self.meters.state(), state["meters"])
         _copy({"streak": self.streak, "skipped": self.skipped, "bad": self.bad}, state["skips"])
+
+
+def _labelled(labels: list[Tensor]) -> Tensor:
+    """() fp32: how many samples the loss counts."""
+    keep = labels[0] != UNLABELLED
+    if len(labels) > 1:
+        keep = keep & (labels[1] != UNLABELLED)
+    return keep.sum().float()
 
 
 def _copy(mine: dict[str, Tensor], stored: dict[str, Tensor]) -> None:

@@ -343,7 +343,7 @@ with computing(torch.device("cpu")) if sys.argv[1] == "kept" else nullcontext():
 
 def test_a_batch_is_what_a_stepper_takes() -> None:
     _, step, run, _ = steps_of({})
-    x, y, at = batch()
+    x, y, at = batch()[:3]
     run(Batch(x, y, at))
     assert int(step.meters.rows) == 8
 
@@ -375,7 +375,7 @@ def test_priming_leaves_no_trace(changes: dict[str, Any], before: int) -> None:
 def test_priming_survives_a_net_that_does_not() -> None:
     _, step, _, _ = steps_of({})
     before = whole(step)
-    x, y, _ = batch()
+    x, y, _ = batch()[:3]
     assert prime(step, x[:, :, :, :0], y) == 0 and whole(step) == before
 
 

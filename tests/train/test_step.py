@@ -133,7 +133,7 @@ def test_a_step_in_double_precision_counts_as_any_other() -> None:
     wide, plain = step_of(drop=0.0), step_of(drop=0.0)
     wide.learner.double()
     wide = Step(wide.learner, optim.build(wide.learner, tiny.recipe().optim), tiny.recipe(), CPU)
-    x, y, at = batch()
+    x, y, at = batch()[:3]
     for _ in range(2):
         wide(Batch(x.double(), y, at)), plain(Batch(x, y, at))
     a, b = wide.meters.read(), plain.meters.read()

@@ -68,8 +68,10 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def learner(seed: int = 0, **more: Any) -> Learner:
+    """Two Small under FFL; without batch norm in them the fusion has none either."""
     torch.manual_seed(seed)
-    return Learner([Small(**more), Small(**more)], "ffl", classes=3, size=8, channels=1)
+    method = FFL.Config() if more.get("norm", True) else FFL.Config(fusion="mean")
+    return Learner([Small(**more), Small(**more)], method, classes=3, size=8, channels=1)
 
 
 def train(out: Path, made: Recipe | None = None, **more: Any) -> Result:
