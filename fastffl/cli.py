@@ -20,8 +20,8 @@ from .errors import FastFFLError, ThresholdError, UsageError, nearest, printable
 if TYPE_CHECKING:
     from .recipe import Recipe
 
-VERBS = ("train", "evaluate", "export", "bench", "recipes", "methods", "models", "doctor")
-BENCHES = ("kernels", "train")
+VERBS = ("train", "evaluate", "export", "data", "bench", "recipes", "methods", "models", "slurm", "doctor")
+GROUPS = {"bench": ("kernels", "train"), "data": ("check", "prepare")}
 app = App(
     name="fastffl",
     version=__version__,
@@ -30,6 +30,8 @@ app = App(
 )
 bench = App(name="bench", help="Measure: `fastffl bench kernels`, `fastffl bench train`.", help_format="plaintext")
 app.command(bench)
+images = App(name="data", help="Image files: `fastffl data check`, `fastffl data prepare`.", help_format="plaintext")
+app.command(images)
 Sets = Annotated[
     list[str] | None, Parameter(name="--set", negative="", help="change one value: --set optim.lr=0.05 (repeatable)")
 ]
@@ -248,6 +250,34 @@ def export(
         _say(_dumps({"file": str(path), "net": net, "vote": vote, "max_diff": off}))
 
 
+@images.command(name="check")
+def data_check(
+    root: Annotated[str, Parameter(name="DIR", help="folder of the data set: class folders, or tar shards")],
+    /,
+    *,
+    out: Annotated[str | None, Parameter(help="folder for the manifest and the exclude list; default DIR/.fastffl")] = None,
+    workers: Annotated[int | None, Parameter(help="processes; default one per core")] = None,
+    again: Annotated[bool, Parameter(negative="", help="forget earlier checks: what the files hold now is right")] = False,
+    json: Json = False,
+) -> int:
+    """Look at every image: what can't be used is named and left out of training. Exit 1 where there is such a file."""
+    with _quiet_stdout(json):
+        from .data.check import check
+
+        report = check(root, out, workers, again)
+        if not json:
+            for line in report.lines():
+                _say(line)
+            splits = ", ".join(f"{n:,} {name}" for name, n in report.splits.items())
+            _say(f"{report.images:,} images of {report.classes:,} classes ({splits}); {report.unusable:,} can't be used")
+            _say(f"wrote {report.manifest}   {report.exclude}")
+            if out:
+                _say(f"next: fastffl train ... --data {root} --set data.checked={out}")
+    if json:
+        _say(_dumps(report.document))
+    return report.code
+
+
 @bench.command
 def kernels(
     *,
@@ -401,6 +431,48 @@ def models(
 
 
 @app.command
+def slurm(
+    recipe: Annotated[str, Parameter(help="as for `fastffl train`, whose flags it takes, too")],
+    *,
+    gpus: Annotated[int, Parameter(help="GPUs in all")],
+    nodes: Annotated[int, Parameter(help="machines they are on")] = 1,
+    cpus: Annotated[int, Parameter(help="cores per GPU")] = 8,
+    time: Annotated[str | None, Parameter(help="time limit, 12:00:00")] = None,
+    requeue: Annotated[bool, Parameter(negative="", help="after the time limit go to the queue again and train on")] = False,
+    partition: str | None = None,
+    account: str | None = None,
+    amp: Annotated[bool, Parameter(negative="")] = False,
+    method: str | None = None,
+    model: str | None = None,
+    epochs: int | None = None,
+    batch_size: Annotated[int | None, Parameter(help="over all GPUs")] = None,
+    lr: float | None = None,
+    seed: int | None = None,
+    data: str | None = None,
+    out: Annotated[str | None, Parameter(help="run folder; default runs/NAME-JOBID")] = None,
+    sets: Sets = None,
+) -> None:
+    """Print an sbatch script: fastffl slurm imagenet --amp --gpus 8 --time 12:00:00 --requeue > job.sbatch"""
+    import shlex
+
+    from .slurm import Job, script
+
+    changes = {"sched.epochs": epochs, "data.batch_size": batch_size, "optim.lr": lr, "run.seed": seed, "data.root": data}
+    chosen = _recipe(recipe, method, model, {"amp.enabled": amp or None, **changes}, sets)  # now, not after hours in a queue
+    job = Job(Path(chosen.name).name, gpus, nodes, cpus, time, requeue, partition, account)
+    given = {"method": method, "model": model, "epochs": epochs, "batch-size": batch_size, "lr": lr, "seed": seed, "data": data}
+    words = [recipe, *(["--amp"] if amp else [])]
+    words += [word for flag, value in given.items() if value is not None for word in (f"--{flag}", str(value))]
+    words += [word for item in sets or [] for word in ("--set", item)]
+    batch, accum = chosen.data.batch_size, chosen.optim.accum
+    if batch < gpus * accum:
+        raise UsageError(f"--gpus {gpus}: a batch of {batch} in {accum} part(s) has not a sample for each; raise --batch-size")
+    about = f"batch {batch} = {gpus} GPUs x {batch / gpus / accum:g} x accum {accum}, lr {chosen.peak_lr:g}"
+    made = f"made by: fastffl slurm {shlex.join(words)} --gpus {gpus} --nodes {nodes}"
+    print(script(job, words, out, path=str(Path(sys.executable).parent), notes=(printable(made), about)), end="")
+
+
+@app.command
 def doctor(*, json: Json = False) -> int:
     """Say what is installed, what is missing, and the command that brings it."""
     from .doctor import report
@@ -436,14 +508,13 @@ def _usage(error: cyclopts.CycloptsError, words: list[str]) -> str:
     named = [w for w in words if not w.startswith("-")]
     verb, what = next(iter(named), ""), app
     if isinstance(error, cyclopts.UnknownCommandError) or verb not in VERBS:
-        if verb == "bench":
-            return (
-                f"no bench is called {named[1] if len(named) > 1 else ''!r}{nearest(named[1] if len(named) > 1 else '', BENCHES)}"
-            )
+        if verb in GROUPS:
+            word = named[1] if len(named) > 1 else ""
+            return f"no {verb} is called {word!r}{nearest(word, GROUPS[verb])}"
         if verb:
             return f"no verb is called {verb!r}{nearest(verb, VERBS)}"
         return f"unknown option {words[0]}; try fastffl --help" if words else "name a verb; try fastffl --help"
-    for part in named[: 1 + (verb == "bench")]:
+    for part in named[: 1 + (verb in GROUPS)]:
         what, verb = what[part], part if what is app else f"{verb} {part}"
     known = [n for arg in what.assemble_argument_collection() for n in arg.names if n.startswith("--")]
     if isinstance(error, cyclopts.UnknownOptionError):

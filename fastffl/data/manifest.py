@@ -240,10 +240,14 @@ def splits(root: str | None, checked: str | None = None) -> Splits:
 
     DataError where there is no such folder, no images, or where the splits do not have the same classes.
     """
+    found = layout(root)
+    return read_splits(found, exclusions(found.top, checked))
+
+
+def read_splits(found: Layout, excluded: frozenset[str] = frozenset()) -> Splits:
+    """The splits of a layout without the files that are excluded, named relative to its top."""
     from .shards import read_shards
 
-    found = layout(root)
-    excluded = exclusions(found.top, checked)
     parts: dict[str, Manifest] = {}
     if found.shards:
         parts.update(read_shards(found, excluded))
@@ -252,10 +256,10 @@ def splits(root: str | None, checked: str | None = None) -> Splits:
         for name, folder in found.folders.items():
             parts[name] = scan(folder, away)
             if name not in ("", "train"):
-                same_classes(parts["train"].classes, parts[name].classes, name, str(root))
+                same_classes(parts["train"].classes, parts[name].classes, name, found.top)
     first, *rest = parts.values()
     if not rest:
-        return _tenth(first, str(root))
+        return _tenth(first, found.top)
     return Splits(first, rest[0] if len(rest) == 2 else None, rest[-1])
 
 
@@ -266,7 +270,7 @@ def different(train: Sequence[str], other: Sequence[str], name: str) -> str | No
     return "; ".join(parts) or None
 
 
-def same_classes(train: Sequence[str], other: Sequence[str], name: str, root: str) -> None:
+def same_classes(train: Sequence[str], other: Sequence[str], name: str, root: Path) -> None:
     how = different(train, other, name)
     if how:
         raise DataError(f"{root}: train and {name} have different classes ({how}); make them the same")
@@ -280,7 +284,7 @@ def held_out(keys: Sequence[str], usable: int) -> set[int]:
     return set(chosen) or {next(k for k in ranked if k < usable)}
 
 
-def _tenth(whole: Manifest, root: str) -> Splits:
+def _tenth(whole: Manifest, root: Path) -> Splits:
     """A tenth of every class held out, at least one image."""
     by_class: list[list[int]] = [[] for _ in whole.classes]
     for k, y in enumerate(whole.labels):

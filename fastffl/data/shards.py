@@ -184,7 +184,7 @@ def members_of(shard: Path, cache: Path | None = None) -> list[Member]:
     if cache is not None and all(re.fullmatch(r"[!-~]+", m.name) for m in found):  # the text has no quotes
         with contextlib.suppress(OSError):  # a data set that may not be written to is read again next time
             cache.parent.mkdir(parents=True, exist_ok=True)
-            write(cache, index_text(found).encode())
+            write(cache, [index_text(found).encode()])
     return found
 
 
@@ -223,12 +223,12 @@ def _fits(members: list[Member], file: _File) -> bool:
     return _ends(file, -(-(last.offset + last.size) // BLOCK) * BLOCK)
 
 
-def write(path: Path, data: bytes) -> None:
+def write(path: Path, parts: Iterable[bytes]) -> None:
     """Replace a file at once: whoever reads sees the old bytes or the new ones, even after a power cut."""
     fd, temp = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
     try:
         with os.fdopen(fd, "wb") as file:
-            file.write(data)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         Path(temp).chmod(0o644)
@@ -369,7 +369,7 @@ def read_shards(layout: Layout, excluded: frozenset[str]) -> dict[str, Shards]:
         numbered = train if train and train[0].isdigit() and min(images.cls) >= 0 else None  # train has no other names
         classes, labels = _labels(layout.top, images, known or numbered)
         train = train or classes
-        same_classes(train, classes, part, str(layout.top))
+        same_classes(train, classes, part, layout.top)
         files = Names(f"{shards[s]}/{name}" for s, name in zip(images.shard, images.names, strict=True))
         where = (images.shard, images.offset, images.size)
         whole = Shards(layout.top, classes, files, tuple(labels), (), shards, *where)
