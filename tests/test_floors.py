@@ -15,7 +15,7 @@ FLOORS = [
     {"methods"},
     {"train", "evaluation", "exporting"},
     {"recipes", "runs"},
-    {"bench", "cli", "doctor", "__main__"},
+    {"bench", "cli", "doctor", "slurm", "__main__"},
 ]
 
 
