@@ -64,7 +64,7 @@ def _jpeg(data: bytes) -> Header | None:
             if frame or at + 10 > len(data):
                 return None
             frame = marker, *struct.unpack_from(">BHHB", data, at + 4)
-        elif marker < 0xC0 or 0xD0 <= marker <= _END or marker >= 0xF0 and marker != 0xFE:
+        elif marker < 0xC0 or 0xD0 <= marker <= _END or (marker >= 0xF0 and marker != 0xFE):
             return None
         at += 2 + (data[at + 2] << 8 | data[at + 3])
         if marker == _SCAN:
