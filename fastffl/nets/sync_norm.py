@@ -79,8 +79,8 @@ def sync_norms(module: nn.Module, cuda: bool) -> int:
     assert dist.is_initialized()
     found = [m for m in module.modules() if isinstance(m, _BatchNorm) and _takes(type(m))]
     for m in found:
-        kind: Any = type(m)
-        m.__class__ = _class(kind, cuda)
+        changed: Any = _class(type(m), cuda)  # type: ignore[arg-type]
+        m.__class__ = changed
     return len(found)
 
 

@@ -11,23 +11,20 @@ from typing import Any
 import torch
 
 from ..data import Source
-from ..data.rng import mix
 from ..errors import CheckpointError, DataError, DiskError, Interrupted
-from ..recipe import Recipe, differences
+from ..recipe import Recipe
 from ..streams import Streams, ahead
 from ..values import Batch
-from . import checkpoint, optim, schedule
+from . import checkpoint, optim, resume, schedule
 from .device import Plan
 from .graph import Evaluator, Stepper, computing
 from .learner import Learner
 from .progress import Progress
-from .randomness import rng_state, seed_all, set_rng_state
 from .ranks import Ranks
 from .rundir import RunDir
 from .signals import Stopper
 from .step import Step
 
-TRAINED = ("learner", "optimizer", "scaler", "average", "meters", "skips", "position", "last", "best", "rng", "ranks")
 DISK_TRIES = 3  # failed saves in a row before training stops
 
 
@@ -97,12 +94,9 @@ class Trainer:
         return self.epoch, self.batch, self.count
 
     def state(self) -> dict[str, Any]:
-        own: dict[str, Any] = {"rng": rng_state()}
-        if not self.ranks.alone:
-            own = {"ranks": self.ranks.gather({**own, "buffers": [f.cpu() for f in self.step.buffers.flat]})}
         return {
             **self.step.state(),
-            **own,
+            **resume.own(self.step, self.ranks),
             "position": {"epoch": self.epoch, "batch": self.batch, "step": self.count},
             "last": dict(self.last),
             "best": {v: dict(b) for v, b in self.best.items()},
@@ -114,26 +108,12 @@ class Trainer:
         }
 
     def digest(self) -> str:
-        """One SHA-256 over everything trained: equal for an interrupted and resumed run and for the uninterrupted one."""
-        state = self.state()
-        return checkpoint.digest({k: state[k] for k in TRAINED if k in state})
+        """One SHA-256 over everything trained, see `resume.digest`."""
+        return resume.digest(self.state())
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint. CheckpointError where it belongs to another recipe, data set or learner."""
-        old = json.loads(state["recipe"])
-        changed = differences(old, self.recipe)
-        if old.get("name") != self.recipe.name and not changed:
-            changed = [f"recipe {old.get('name')} -> {self.recipe.name}"]
-        if changed:
-            shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
-            raise CheckpointError(
-                f"{self.run.path} was trained with other settings ({shown}); give the same, or begin anew with another --out"
-            )
-        if state["classes"] != list(self.data.classes):
-            raise CheckpointError(
-                f"{self.run.path} was trained on {len(state['classes'])} other classes than the {len(self.data.classes)} of "
-                f"{self.data.name}; give the data it was trained on"
-            )
+        resume.check(state, self.recipe, self.data, self.run.path)
         try:
             self.step.load(state)
         except (RuntimeError, ValueError, KeyError) as error:
@@ -144,30 +124,13 @@ class Trainer:
         self.last, self.best = state["last"], state["best"]
         t = state["time"]
         self.seconds, self.wait, self.images = t["seconds"], t["wait"], t["images"]
-        self._load_own(state)
-
-    def _load_own(self, state: dict[str, Any]) -> None:
-        """What each rank has of its own: random numbers and running statistics. Position and order are everyone's, so another
-        number of ranks may go on; random numbers are then drawn anew and statistics are the mean over the former ranks."""
-        ranks = state.get("ranks", [])
-        if len(ranks) == self.ranks.size:
-            set_rng_state(ranks[self.ranks.rank]["rng"])
-            buffers = ranks[self.ranks.rank]["buffers"]
-        elif not ranks and self.ranks.alone:
-            set_rng_state(state["rng"])
-            return
-        else:
-            seed_all(mix(self.recipe.run.seed, self.count), self.ranks.rank)
-            made = [r["buffers"] for r in ranks]
-            buffers = [torch.stack(b).mean(0) if b[0].is_floating_point() else b[0] for b in zip(*made, strict=True)]
-            self._say(f"resumed with {self.ranks.size} rank(s) a run of {max(len(ranks), 1)}: same images, other random numbers")
-        for mine, stored in zip(self.step.buffers.flat, buffers or self.step.buffers.flat, strict=True):
-            mine.copy_(stored)
+        if text := resume.load_own(state, self.step, self.ranks, self.recipe.run.seed):
+            self._say(text)
 
     def save(self, folder: Path, must: bool = False) -> None:
         """Checkpoint; a failing disk is reported and training goes on, unless it `must` or `last` failed too often."""
         self.ranks.mark("saving")
-        self.compare()
+        self.ranks.compare(self.learner)
         state = self.state()
         last = folder == self.run.last
         saved = self.ranks.from_first(self.ranks.first and self._write(folder, state, last, must))
@@ -175,7 +138,7 @@ class Trainer:
             self.disk_failures, self.saved_at = 0, self.position
 
     def _write(self, folder: Path, state: dict[str, Any], last: bool, must: bool) -> bool:
-        facts = {"epoch": self.epoch, "digest": checkpoint.digest({k: state[k] for k in TRAINED if k in state})}
+        facts = {"epoch": self.epoch, "digest": resume.digest(state)}
         try:
             self.run.flush()
             checkpoint.save(folder, state, self.count, facts, keep=checkpoint.KEEP if last else 1)
@@ -186,11 +149,6 @@ class Trainer:
             self.progress.line(f"warning: {error}; training goes on (failure {self.disk_failures} of {DISK_TRIES})")
             return False
         return True
-
-    def compare(self) -> None:
-        """RankError where a rank's weights are not the others'."""
-        if not self.ranks.alone:
-            self.ranks.compare(dict(self.learner.named_parameters()))
 
     # ---- training
 
@@ -270,7 +228,7 @@ class Trainer:
             signum = self.ranks.agree(stop.signum)
             if self.count % run.log_every == 0:
                 self.step.check()
-                self.compare()
+                self.ranks.compare(self.learner)
                 tick()
                 rate = (self.images - images) / (self.seconds - seconds)
                 share = (self.wait - wait) / (self.seconds - seconds)

@@ -155,10 +155,11 @@ class Ranks:
                     a, b = (_short(v) for v in (mine.get(key), value))
                     raise UsageError(f"rank {self.rank} and rank {rank} differ in {key}: {a} and {b}; start the same on all")
 
-    def compare(self, named: dict[str, Tensor]) -> None:
-        """RankError, naming ranks and the first tensor, unless every tensor has the same bits on all ranks. A host read."""
+    def compare(self, learner: nn.Module) -> None:
+        """RankError, naming ranks and the first parameter, unless all have the same bits on all ranks. A host read."""
         if self.alone:
             return
+        named = dict(learner.named_parameters())
         self._enter()
         sums = torch.stack([bits(t) for t in named.values()]).cpu()
         every = [torch.empty_like(sums) for _ in range(self.size)]

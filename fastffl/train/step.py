@@ -340,11 +340,11 @@ class Step:
 
 
 def _labelled(labels: list[Tensor]) -> Tensor:
-    """() fp32: how many samples the loss counts."""
+    """() int64: how many samples the loss counts."""
     keep = labels[0] != UNLABELLED
     if len(labels) > 1:
         keep = keep & (labels[1] != UNLABELLED)
-    return keep.sum().float()
+    return keep.sum()
 
 
 def _copy(mine: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
