@@ -79,13 +79,14 @@ node='
 
 # Slurm tells this shell %(grace)d seconds before the end; srun passes it on to torchrun, which tells the training processes
 asked=0 training=
-trap 'asked=1; [ -z "$training" ] || kill -TERM "$training" 2>/dev/null' TERM
+tell() { [ -z "$training" ] || kill -TERM "$training" 2>/dev/null; }
+trap '[ "$asked" = 1 ] || { asked=1; tell; }' TERM  # once: torchrun breaks off its own ending when it is told again
 # a node that is done does not end the others: one of them may still be saving
 srun --kill-on-bad-exit=0 --wait=%(grace)d --cpus-per-task="$SLURM_CPUS_PER_TASK" \
     bash -c "$node" node "${launch[@]}" "${train[@]}" --out "$run" &
 training=$!
-[ "$asked" = 0 ] || kill -TERM "$training" 2>/dev/null
-while wait "$training"; code=$?; kill -0 "$training" 2>/dev/null; do :; done  # a signal ends a wait, not the training
+[ "$asked" = 0 ] || tell  # it came before there was a training
+while wait "$training"; code=$?; kill -0 "$training" 2>/dev/null; do :; done  # a signal ends a wait and not the training
 wait "$training"; code=$?
 
 if [ "$code" -ne 0 ] && { [ "$asked" = 1 ] || [ "$code" -eq 143 ]; }; then

@@ -90,8 +90,9 @@ FAKES = {
     # as torchrun: told to stop it stops its processes, waits for them and ends with 1
     "torchrun": (
         'printf "%s\\0" "$@" > "$SEEN/torchrun"\nenv > "$SEEN/env"\n'
-        "trap 'sleep 0.3; echo saved > \"$SEEN/saved\"; exit 1' TERM\n"
-        'touch "$SEEN/up"\n[ -z "$CODE" ] || exit "$CODE"\nwhile :; do sleep 0.05; done\n'
+        "trap 'echo told >> \"$SEEN/told\"' TERM\n"
+        'touch "$SEEN/up"\n[ -z "$CODE" ] || exit "$CODE"\nwhile [ ! -e "$SEEN/told" ]; do sleep 0.05; done\n'
+        'sleep 0.5\ntouch "$SEEN/saved"\nexit 1\n'
     ),
 }
 
@@ -195,9 +196,12 @@ def test_nothing_a_user_types_leaves_its_quotes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("requeue", [True, False])
 def test_told_to_stop_it_tells_the_training_waits_for_it_and_goes_back_to_the_queue(requeue: bool, tmp_path: Path) -> None:
     life = Life(tmp_path, script(Job("a", 1, requeue=requeue), ["a"])).up()
-    life.process.send_signal(signal.SIGTERM)
+    for _ in range(3):  # the scheduler may say it again
+        life.process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
     code, out = life.end()
     assert code == 143 and (life.seen / "saved").exists(), "it waited until the training had saved"
+    assert (life.seen / "told").read_text() == "told\n", "a second signal would break off torchrun's ending"
     assert "goes on from there" in out or "to go on from runs/a-31415" in out
     assert ("requeue 31415" in life.asked()) == requeue
 
