@@ -199,8 +199,8 @@ def test_told_to_stop_it_tells_the_training_waits_for_it_and_goes_back_to_the_qu
     for _ in range(3):  # the scheduler may say it again
         life.process.send_signal(signal.SIGTERM)
         time.sleep(0.1)
-    code, out = life.end()
-    assert code == 143 and (life.seen / "saved").exists(), "it waited until the training had saved"
+    assert life.process.wait(30) == 143 and (life.seen / "saved").exists(), "it waited until the training had saved"
+    _, out = life.end()
     assert (life.seen / "told").read_text() == "told\n", "a second signal would break off torchrun's ending"
     assert "goes on from there" in out or "to go on from runs/a-31415" in out
     assert ("requeue 31415" in life.asked()) == requeue
