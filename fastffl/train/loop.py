@@ -1,7 +1,6 @@
 """Trainer: epochs, evaluation, checkpoints, signals. One loop for every method, data set and device."""
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -66,7 +65,7 @@ class Trainer:
     ):
         self.recipe, self.learner, self.data, self.plan = recipe, learner, data, plan
         self.run, self.progress, self.ranks = run, progress, ranks or Ranks()
-        data.say = self._say
+        data.say = self._say if self.ranks.first else self.ranks.say  # what one rank alone meets
         learner.place(plan)
         learner.loss.smoothing = recipe.data.smoothing
         self.optimizer = optim.build(learner, recipe.optim)
@@ -307,9 +306,7 @@ class Trainer:
         self.early = {v: score["top1"] for v, score in scored.items()}
 
     def _say(self, text: str) -> None:
-        """A line for people, which the log keeps. What other ranks have to say is what they alone met."""
-        if not self.ranks.first:
-            print(f"rank {self.ranks.rank}: {text}", file=sys.stderr, flush=True)
+        """A line for people, which the log keeps."""
         self.progress.line(text)
         self.run.log(text)
 

@@ -7,7 +7,10 @@ stopped, stuck or raises, is seen by the others' `Watch`.
 
 import inspect
 import os
+import signal
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import __version__
-from ..errors import FastFFLError, RankError, UsageError
+from ..errors import FastFFLError, RankError, UsageError, printable
 from ..recipe import FREE, Recipe, fields
 from .watch import Watch
 
@@ -45,6 +48,10 @@ class Ranks:
         """Tell the others that this rank moves on, and what it does now."""
         if self._watch:
             self._watch.mark(doing)
+
+    def say(self, text: str) -> None:
+        """A line of this rank alone."""
+        print(f"rank {self.rank}: {printable(text)}\n", end="", file=sys.stderr, flush=True)
 
     def _enter(self) -> None:
         if self._watch:
@@ -234,6 +241,8 @@ def _fail(watch: Watch, error: BaseException) -> NoReturn:
     if isinstance(error, FastFFLError):
         text = str(error)
     elif isinstance(error, RuntimeError) and broken(error):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it as soon as one rank died; this takes seconds
         text = watch.culprit() or f"rank {watch.rank} lost the others: {str(error).splitlines()[0][:200]}"
         error = RankError(text)
     else:
