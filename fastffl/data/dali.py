@@ -7,7 +7,7 @@ images one by one, and what DALI can't read, Pillow tries.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, TimeoutError
+from concurrent.futures import Future, TimeoutError, wait
 from contextlib import suppress
 from functools import cache, partial
 from io import BytesIO
@@ -47,12 +47,13 @@ class _Sample(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    job: Job
+    job: Job | None  # None: one that warms up
     samples: list[_Sample]
+    size: int
 
-    @property
-    def size(self) -> int:
-        return self.job.view.size
+
+class _Failed(Exception):
+    """DALI could not make a batch; the pipeline is of no more use."""
 
 
 @cache
@@ -109,12 +110,15 @@ class _Setting(NamedTuple):
 
 
 class _Pipe:
-    """One DALI pipeline: `feed` starts a batch, `take` waits for the oldest. RuntimeError from `take` ends its life."""
+    """One DALI pipeline: `feed` starts a batch, `take` waits for the oldest of those `running`.
+
+    sound   it holds nothing half done; never again where that was interrupted
+    """
 
     def __init__(self, setting: _Setting, most: int, changes: int):
-        self.most, self.changes, self.sound = most, changes, True
+        self.most, self.changes, self.sound = most, changes, False
+        self.running: deque[_Batch] = deque()
         self._setting = setting
-        self._running: deque[tuple[Sequence[_Sample], int]] = deque()
         device, on_gpu = setting.device, setting.device.type == "cuda"
         self._pipe = graph(
             setting.whole,
@@ -128,23 +132,24 @@ class _Pipe:
         )
         self._pipe.build()
         for _ in range(DEPTH):  # the first schedule_run starts as many, each later one starts one
-            self._give([_Sample(b"", None)], 8)
+            self._give(_Batch(None, [_Sample(b"", None)], 8))
         self._pipe.schedule_run()
+        self.sound = True
         self.drain()
 
-    def feed(self, samples: Sequence[_Sample], size: int) -> None:
+    def feed(self, batch: _Batch) -> None:
         """Start a batch."""
         self.sound = False
-        self._give(samples, size)
+        self._give(batch)
         self._pipe.schedule_run()
         self.sound = True
 
-    def _give(self, samples: Sequence[_Sample], size: int) -> None:
-        self._running.append((samples, size))  # DALI reads the bytes in place
-        give = self._pipe.feed_input
+    def _give(self, batch: _Batch) -> None:
+        self.running.append(batch)  # DALI reads the bytes in place
+        give, size, magnitude = self._pipe.feed_input, batch.size, self._setting.magnitude
         blank = View(0, 0, 8, 8, size, size, 0, 0, size)
-        views = [s.view or blank for s in samples]
-        give("file", [np.frombuffer(s.data if s.view else _placeholder(), np.uint8) for s in samples])
+        views = [s.view or blank for s in batch.samples]
+        give("file", [np.frombuffer(s.data if s.view else _placeholder(), np.uint8) for s in batch.samples])
         give("corner", np.array([(v.top, v.left) for v in views], np.int32))
         give("extent", np.array([(v.height, v.width) for v in views], np.int32))
         if not self._setting.whole:
@@ -157,40 +162,46 @@ class _Pipe:
         for k in range(self.changes):
             changes = [v.changes[k] if v.changes else _NOTHING for v in views]
             give(f"op{k}", np.array([c.op for c in changes], np.int32))
-            give(f"by{k}", np.array([amount(c, self._setting.magnitude, size) for c in changes], np.float32))
-            source = np.array([source_of(c, self._setting.magnitude, size) for c in changes], np.float32)
+            give(f"by{k}", np.array([amount(c, magnitude, size) for c in changes], np.float32))
+            source = np.array([source_of(c, magnitude, size) for c in changes], np.float32)
             give(f"source{k}", source.reshape(-1, 2, 3))
 
-    def take(self) -> Tensor:
-        """(B, size, size, 3) uint8 of the oldest batch, in torch's memory, on the current stream."""
+    def take(self) -> tuple[Tensor, _Batch]:
+        """The oldest batch, and its pixels (B, size, size, 3) uint8 in torch's memory, on the current stream. _Failed."""
         self.sound = False
-        samples, size = self._running[0]
-        device = self._setting.device
-        x = torch.empty(len(samples), size, size, 3, dtype=torch.uint8, device=device)
+        batch, device = self.running[0], self._setting.device
+        x = torch.empty(len(batch.samples), batch.size, batch.size, 3, dtype=torch.uint8, device=device)
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        made = self._pipe.share_outputs(cuda_stream=stream)[0]
+        try:
+            made = self._pipe.share_outputs(cuda_stream=stream)[0]
+        except RuntimeError as error:
+            raise _Failed(why(error)) from error
         if self._setting.whole:
             feed_ndarray(made.as_tensor(), x, cuda_stream=stream)
         else:
 
             def shape(places: range) -> None:
                 for k in places:
-                    if view := samples[k].view:
+                    if view := batch.samples[k].view:
                         x[k] = shown(torch.from_numpy(np.asarray(made.at(k))), view, self._setting.magnitude)
 
-            for future in [self._setting.shaping.submit(partial(shape, part)) for part in _chunks(len(samples))]:
-                future.result()
+            parts = [self._setting.shaping.submit(partial(shape, part)) for part in _chunks(len(batch.samples))]
+            wait(parts)  # all of them, before what they read goes
+            for part in parts:
+                part.result()
         self._pipe.release_outputs()  # after the copy, in the stream's order
-        self._running.popleft()
+        self.running.popleft()
         self.sound = True
-        return x
+        return x, batch
 
     def drain(self) -> None:
-        """Wait for what was started and forget it."""
-        while self._running:
+        """Wait for what was started and forget it. RuntimeError where DALI fails on it."""
+        while self.sound and self.running:
+            self.sound = False
             self._pipe.share_outputs()
             self._pipe.release_outputs()
-            self._running.popleft()
+            self.running.popleft()
+            self.sound = True
 
 
 def shown(window: Tensor, view: View, magnitude: int) -> Tensor:
@@ -223,16 +234,16 @@ class _Reading:
         except ValueError as error:
             return _Sample(b"", None, wrong=str(error))
         if not found.plain:
-            return portably(data, self.job, k)
+            return _portably(data, self.job, k)
         return _Sample(data, self.job.view(self.job.ids[k], found.height, found.width))
 
     def done(self) -> bool:
         return all(f.done() for f in self.futures)
 
-    def samples(self) -> list[_Sample]:
-        """Of the whole job. DataError where a file could not be read for STALL seconds."""
+    def batch(self) -> _Batch:
+        """The whole job. DataError where a file could not be read for STALL seconds."""
         try:
-            return [s for f in self.futures for s in f.result(STALL)]
+            return _Batch(self.job, [s for f in self.futures for s in f.result(STALL)], self.job.view.size)
         except TimeoutError:
             names = ", ".join(self._dali.manifest.path(id) for id in list(self._at.values())[:4]) or "other batches' files"
             raise DataError(
@@ -240,7 +251,7 @@ class _Reading:
             ) from None
 
 
-def portably(data: bytes, job: Job, k: int) -> _Sample:
+def _portably(data: bytes, job: Job, k: int) -> _Sample:
     """Image k of a job by Pillow."""
     pixels, wrong = seen(data, job, k)
     return _Sample(b"", None, pixels, wrong)
@@ -263,53 +274,50 @@ class Dali:
 
     def __init__(self, manifest: Manifest, place: Place, threads: int, magnitude: int, whole: bool | None = None):
         self.manifest, self.portable, self.failures = manifest, 0, 0
-        self._device, threads = place.device, max(1, threads)
-        self._whole = place.device.type == "cuda" if whole is None else whole
-        self._readers, self._shaping = _Threads(threads), _Threads(threads)
-        self._setting = _Setting(self._device, threads, magnitude, self._whole, self._shaping)
+        threads, whole = max(1, threads), place.device.type == "cuda" if whole is None else whole
+        self._readers = _Threads(threads)
+        self._setting = _Setting(place.device, threads, magnitude, whole, _Threads(threads))
         self._idle: list[_Pipe] = []
 
     def close(self) -> None:
         self._idle.clear()
         self._readers.close()
-        self._shaping.close()
+        self._setting.shaping.close()
 
     def decode(self, jobs: Sequence[Job]) -> Iterator[Decoded]:
         """One Decoded per job, in order. DataError where files can't be read for minutes, or where DALI fails on good images."""
         left = iter(jobs)
         reading: deque[_Reading] = deque()
-        fed: deque[_Batch] = deque()
-        pipe = self._pipe(max((len(job.ids) for job in jobs), default=1), max(map(_changes, jobs), default=0))
+        pipe = self._free(max((len(job.ids) for job in jobs), default=1), max(map(_changes, jobs), default=0))
         try:
             while True:
                 reading.extend(_Reading(self, job) for job in islice(left, DEPTH + 1 - len(reading)))
-                while reading and len(fed) < DEPTH and (not fed or reading[0].done()):
-                    fed.append(_Batch(reading[0].job, reading[0].samples()))
+                while reading and len(pipe.running) < DEPTH and (not pipe.running or reading[0].done()):
+                    pipe.feed(reading[0].batch())
                     reading.popleft()
-                    pipe.feed(fed[-1].samples, fed[-1].size)
-                if not fed:
+                if not pipe.running:
                     return
                 try:
-                    x = pipe.take()
-                    batch = fed.popleft()
-                except RuntimeError as error:
+                    x, batch = pipe.take()
+                except _Failed as error:
                     self.failures += 1
+                    failed, *waiting = pipe.running
                     pipe = self._new(pipe.most, pipe.changes)
-                    x, batch = self._one_by_one(fed.popleft(), pipe.changes, error)
-                    for waiting in fed:
-                        pipe.feed(waiting.samples, waiting.size)
+                    x, batch = self._one_by_one(failed, pipe.changes, error)
+                    for again in waiting:
+                        pipe.feed(again)
                 yield self._finished(x, batch)
         finally:
             for work in reading:
                 for future in work.futures:
                     future.cancel()
+            with suppress(RuntimeError):  # about a batch that nobody asked for; the pipeline ends with it
+                pipe.drain()
             if pipe.sound:
-                with suppress(RuntimeError):  # about a batch that nobody asked for; the pipeline ends with it
-                    pipe.drain()
-                    self._idle.append(pipe)
+                self._idle.append(pipe)
 
-    def _pipe(self, most: int, changes: int) -> _Pipe:
-        """One that no iterator uses."""
+    def _free(self, most: int, changes: int) -> _Pipe:
+        """A pipeline that no iterator uses, for batches of up to `most`."""
         for pipe in self._idle:
             if pipe.changes == changes:
                 self._idle.remove(pipe)
@@ -321,29 +329,30 @@ class Dali:
             return _Pipe(self._setting, most, changes)
         except RuntimeError as error:
             raise DataError(
-                f"DALI can't decode images on {self._device} ({why(error)}); --set data.loader=torchvision does without it"
+                f"DALI can't decode images on {self._setting.device} ({why(error)}); --set data.loader=torchvision does without"
             ) from error
 
-    def _one_by_one(self, batch: _Batch, changes: int, error: RuntimeError) -> tuple[Tensor, _Batch]:
-        """The pixels of a batch that DALI failed on, (B, size, size, 3), and the batch with what its images turned out to be."""
+    def _one_by_one(self, batch: _Batch, changes: int, error: _Failed) -> tuple[Tensor, _Batch]:
+        """A batch that DALI failed on: its pixels, (B, size, size, 3), and what its images turned out to be."""
+        assert batch.job is not None
         single: _Pipe | None = None
-        x = torch.zeros(len(batch.samples), batch.size, batch.size, 3, dtype=torch.uint8, device=self._device)
-        samples = list(batch.samples)
-        for k, sample in enumerate(batch.samples):
+        x = torch.zeros(len(batch.samples), batch.size, batch.size, 3, dtype=torch.uint8, device=self._setting.device)
+        samples, found = list(batch.samples), False
+        for k, sample in enumerate(samples):
             if sample.view is None:
                 continue
             single = single or self._new(1, changes)
+            single.feed(_Batch(batch.job, [sample], batch.size))
             try:
-                single.feed([sample], batch.size)
-                x[k] = single.take()[0]
-            except RuntimeError:
-                samples[k], single = portably(sample.data, batch.job, k), None
-        if samples == batch.samples:
+                x[k] = single.take()[0][0]
+            except _Failed:
+                samples[k], single, found = _portably(sample.data, batch.job, k), None, True
+        if not found:
             raise DataError(
-                f"DALI failed on a batch of images that it decodes one by one ({why(error)}); if memory ran out, use a smaller "
+                f"DALI failed on a batch of images that it decodes one by one ({error}); if memory ran out, use a smaller "
                 "data.batch_size, else --set data.loader=torchvision"
             ) from error
-        return x, _Batch(batch.job, samples)
+        return x, batch._replace(samples=samples)
 
     def _finished(self, x: Tensor, batch: _Batch) -> Decoded:
         bad = {}
