@@ -89,6 +89,10 @@ def _fit(
         )
     if ranks.size > recipe.data.batch_size:
         raise UsageError(f"data.batch_size {recipe.data.batch_size} is less than one sample for each of {ranks.size} ranks")
+    if recipe.run.sync_bn and recipe.optim.accum > 1 and not ranks.alone:
+        raise UsageError(
+            "run.sync_bn and optim.accum > 1 don't go together: ranks may have unequal numbers of parts; use one of them"
+        )
     ranks.same(recipe, data.classes, data.samples("train"))
     where = where or plan(recipe)
     progress = progress or Progress(quiet=not ranks.first)

@@ -37,6 +37,7 @@ TRIALS = 12  # timed replays of each style
 SKIP = 2  # of them not counted: a graph's first replay uploads it
 GAIN = 1.01  # parallel branches must win by so much: a draw goes to the simpler graph
 SHAPES = 8  # captured at most: each graph keeps the memory of a step
+IDLE = 100  # calls with other shapes after which a graph makes room: images that grow do not come back to their old size
 
 
 class Cuda:
@@ -100,6 +101,7 @@ class _Shape:
     """What is known of one set of shapes."""
 
     calls: int = 0
+    used: int = 0  # number of the last call with it
     given: tuple[Tensor, ...] = ()  # where the graphs read
     graphs: dict[Style, Any] = field(default_factory=dict)
 
@@ -133,6 +135,8 @@ class Graphed:
         self.speedup: float | None = None
         self.style: Style | None = {"off": "serial", "on": "parallel"}.get(asked) if branches else "serial"  # type: ignore[assignment]
         self._shapes: dict[Any, _Shape] = {}
+        self._calls = 0
+        self._told = False
         self._timed: _Shape | None = None  # the shape whose replays are measured
         self._times: dict[Style, list[tuple[Any, Any]]] = {"serial": [], "parallel": []}
 
@@ -140,6 +144,8 @@ class Graphed:
         key = tuple((t.shape, t.dtype, t.stride()) for t in tensors)
         at = self._shapes.setdefault(key, _Shape())
         at.calls += 1
+        self._calls += 1
+        at.used = self._calls
         if not self.reason and not at.graphs and at.calls > WARM and self._room():
             self._capture(at, tensors)
         if not at.graphs:
@@ -153,7 +159,17 @@ class Graphed:
             next(iter(at.graphs.values())).replay()
 
     def _room(self) -> bool:
-        return sum(bool(s.graphs) for s in self._shapes.values()) < SHAPES
+        """Whether one more shape may be captured; a shape that is long out of use is forgotten for it."""
+        held = {key: s for key, s in self._shapes.items() if s.graphs}
+        if len(held) < SHAPES:
+            return True
+        key, oldest = min(held.items(), key=lambda item: item[1].used)
+        if self._calls - oldest.used < IDLE:
+            return False
+        del self._shapes[key]
+        if oldest is self._timed:
+            self._timed, self._times = None, {"serial": [], "parallel": []}
+        return True
 
     @property
     def _styles(self) -> tuple[Style, ...]:
@@ -192,7 +208,8 @@ class Graphed:
                 self._refused(at, f"capturing it failed: {lines[0][:200]}")
         if not at.graphs:
             return
-        if self.style and len(self._shapes) == 1:
+        if self.style and not self._told:
+            self._told = True
             self.say(f"{self.what} captured as one CUDA graph, {self._words()}")
         self._timed = self._timed or at
 

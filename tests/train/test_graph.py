@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastffl.streams import Branches
 from fastffl.train import Plan, optim
-from fastffl.train.graph import SHAPES, TRIALS, WARM, Evaluator, Graphed, Stepper, computing, prime
+from fastffl.train.graph import IDLE, SHAPES, TRIALS, WARM, Evaluator, Graphed, Stepper, computing, prime
 from fastffl.train.step import Step
 from fastffl.values import Batch
 from tests.train import tiny
@@ -115,6 +115,20 @@ def test_more_shapes_than_fit_run_eagerly_and_are_right() -> None:
             run(torch.ones(n))
     assert fake.captures == SHAPES and run.reason == ""
     assert float(total) == (WARM + 1) * sum(range(1, SHAPES + 4))
+
+
+def test_a_shape_long_out_of_use_makes_room() -> None:
+    """Images that grow: nine sizes, one after the other, each for longer than a graph may idle."""
+    total, fake, said = torch.zeros(()), FakeCuda(), []
+    run = Graphed(adder(total), fake, say=said.append)
+    calls = IDLE + WARM + 1
+    for n in range(1, SHAPES + 4):
+        for _ in range(calls):
+            run(torch.ones(n))
+    assert fake.captures == SHAPES + 3 and len(said) == 1
+    assert fake.replays == (SHAPES + 3) * (calls - WARM), "every size is replayed as soon as it is warm"
+    assert float(total) == calls * sum(range(1, SHAPES + 4))
+    assert sum(bool(s.graphs) for s in run._shapes.values()) == SHAPES
 
 
 # ---- which style
