@@ -28,7 +28,7 @@ app = App(
     help="Feature Fusion Learning and its family: train several networks side by side, take home a better one.",
     help_format="plaintext",
 )
-bench = App(name="bench", help="Measure: `fastffl bench kernels`, `fastffl bench train`.", help_format="plaintext")
+bench = App(name="bench", help="Measure: `fastffl bench kernels`, `fastffl bench train`, `fastffl bench data`.", help_format="plaintext")
 app.command(bench)
 images = App(name="data", help="Image files: `fastffl data check`, `fastffl data prepare`.", help_format="plaintext")
 app.command(images)
@@ -278,6 +278,36 @@ def data_check(
     return report.code
 
 
+@images.command(name="prepare")
+def data_prepare(
+    root: Annotated[str, Parameter(name="DIR", help="folder of the data set: class folders, or tar shards")],
+    /,
+    *,
+    out: Annotated[str, Parameter(help="folder of the new data set")],
+    size: Annotated[int | None, Parameter(help="shorter side of the images, pixels; none is enlarged")] = None,
+    quality: Annotated[int, Parameter(help="of the JPEGs that are written, 1 to 95")] = 90,
+    shards: Annotated[int | None, Parameter(help="MiB of a tar shard; default class folders")] = None,
+    workers: Annotated[int | None, Parameter(help="processes; default one per core")] = None,
+    checked: Annotated[str | None, Parameter(help="folder that `data check --out` wrote; default DIR/.fastffl")] = None,
+    json: Json = False,
+) -> int:
+    """Make a smaller or packed copy of a data set, with the same classes and splits. Exit 1 where an image can't be read."""
+    with _quiet_stdout(json):
+        from .data.prepare import prepare
+
+        made = prepare(root, out, size, quality, shards, workers, checked)
+        if not json:
+            for path, why in made.skipped:
+                _say(f"  left out {path}: {why}")
+            splits = ", ".join(f"{n:,} {name}" for name, n in made.splits.items())
+            _say(f"{made.images:,} images of {made.classes:,} classes ({splits}), {made.resized:,} of them resized")
+            packed = f" in {made.shards:,} shards" if made.shards else ""
+            _say(f"wrote {out}   {made.bytes / 2**20:,.1f} MiB{packed}   next: fastffl train {out}")
+    if json:
+        _say(_dumps(made.document))
+    return made.code
+
+
 @bench.command
 def kernels(
     *,
@@ -330,6 +360,37 @@ def bench_train(
     if json:
         _say(_dumps(result.document))
     result.judge()
+    return result.code
+
+
+@bench.command(name="data")
+def bench_data(
+    recipe: Annotated[str, Parameter(help="a recipe of image files, or a folder of images")] = "imagenette",
+    *,
+    data: Annotated[str | None, Parameter(help="folder of the images; few will do, they are repeated in memory")] = None,
+    loaders: Annotated[str | None, Parameter(help="A,B of dali and torchvision")] = None,
+    workers: Annotated[str | None, Parameter(help="processes or threads that decode: 1,2,4")] = None,
+    parts: Annotated[str | None, Parameter(help="A,B of loader, compute and together")] = None,
+    amp: Annotated[bool, Parameter(negative="", help="as for `fastffl train`")] = False,
+    model: str | None = None,
+    batch_size: int | None = None,
+    sets: Sets = None,
+    out: Annotated[str | None, Parameter(help="JSONL file to append the rows to, as they come")] = None,
+    quick: Annotated[bool, Parameter(negative="", help="fewer and shorter rounds")] = False,
+    minutes: Annotated[float, Parameter(help="begin no new round after this time")] = 9.5,
+    device: Annotated[Literal["auto", "cuda", "cpu"], Parameter(help="where to measure")] = "auto",
+    json: Json = False,
+) -> int:
+    """Time the loaders alone, the training step alone and both together, and say which of them binds."""
+    with _quiet_stdout(json):
+        from .bench.command import bench_data as measure
+
+        changes = {"amp.enabled": amp or None, "data.batch_size": batch_size, "data.root": data, "run.device": device}
+        chosen = _recipe(recipe, None, model, changes, sets)
+        lists = [text.split(",") if text else None for text in (loaders, workers, parts)]
+        result = measure(chosen, *lists, Path(out) if out else None, quick=quick, minutes=minutes, say=_say)
+    if json:
+        _say(_dumps(result.document))
     return result.code
 
 

@@ -252,23 +252,23 @@ def _kind(text: str) -> str:
 
 
 @contextmanager
-def checking(out: Path, root: str) -> Iterator[None]:
-    """The folder, made, for one check at a time."""
+def claimed(folder: Path, advice: str) -> Iterator[None]:
+    """A folder, made, for one process at a time. UsageError with `advice` where that can't be."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
     except OSError as error:
-        raise UsageError(f"can't write {out}: {error.strerror}; name another: fastffl data check {root} --out FOLDER") from None
+        raise UsageError(f"can't write {folder}: {error.strerror}; {advice}") from None
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # forked processes do not hold it, so it ends with this one
         except OSError:
-            raise UsageError(f"another check is writing to {out}; wait for it or choose another --out FOLDER") from None
+            raise UsageError(f"another process is writing to {folder}; wait for it, or {advice}") from None
         yield
 
 
-def rows(path: Path) -> Iterator[Any]:
-    """The whole lines of a JSON lines file; nothing where there is none. DataError where one of them is no JSON."""
+def rows(path: Path, advice: str = "check anew: fastffl data check DIR --again") -> Iterator[Any]:
+    """The whole lines of a JSON lines file; nothing where there is none. DataError with `advice` where one is no JSON."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -276,11 +276,11 @@ def rows(path: Path) -> Iterator[Any]:
                     try:
                         yield json.loads(line)
                     except ValueError:
-                        raise DataError(f"{path}, line {number} is damaged; check anew: fastffl data check DIR --again") from None
+                        raise DataError(f"{path}, line {number} is damaged; {advice}") from None
     except FileNotFoundError:
         return
     except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror}; check anew with --again, or with another --out") from None
+        raise DataError(f"{path} can't be read: {error.strerror}; {advice}") from None
 
 
 def _earlier(path: Path) -> dict[str, Facts]:
@@ -311,9 +311,11 @@ def check(root: str, out: str | None = None, workers: int | None = None, again: 
     Killed at any moment, the next call goes on. `again` forgets earlier checks. DataError where there is no data set,
     UsageError where `out` can't be written, Interrupted by SIGINT.
     """
+    if workers is not None and not 1 <= workers <= 1024:
+        raise UsageError(f"--workers {workers}: expected 1 to 1024")
     found = layout(root)
     folder = Path(out).expanduser() if out else found.top / CHECKED
-    with checking(folder, root):
+    with claimed(folder, f"name another: fastffl data check {root} --out FOLDER"):
         if again:
             for name in (PROGRESS, MANIFEST):
                 (folder / name).unlink(missing_ok=True)
@@ -349,7 +351,7 @@ def _look_at_all(made: Listing, path: Path, before: dict[str, Row], workers: int
         return look(name, size, time, data)
 
     facts: dict[int, Facts] = {}
-    with _appending(path) as append, Bar("checked", len(made.names)) as bar:
+    with appending(path) as append, Bar("checked", len(made.names)) as bar:
         for k, answer in each(work, range(len(made.names)), workers):
             name = made.names[k]
             if isinstance(answer, Lost):
@@ -366,7 +368,7 @@ def _lost(kind: str, why: str) -> Facts:
 
 
 @contextmanager
-def _appending(path: Path) -> Iterator[Callable[[Any], None]]:
+def appending(path: Path) -> Iterator[Callable[[Any], None]]:
     """Append lines to a file; half a line that a killed writer left is cut off."""
     with path.open("ab+") as file:
         end = file.seek(0, os.SEEK_END)

@@ -45,7 +45,7 @@ def cores() -> int:
 def _serve(work: Callable[[int], R], pipe: Connection, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells us when to end
     while True:
-        while not pipe.poll(2.0):  # a killed parent leaves its end open in our siblings
+        while not pipe.poll(0.5):  # a killed parent leaves its end open in our siblings
             if os.getppid() != parent:
                 return
         numbers = pipe.recv()

@@ -344,7 +344,7 @@ def _labels(top: Path, images: _Images, classes: tuple[str, ...] | None) -> tupl
             place = {c: k for k, c in enumerate(classes)}
             return classes, [place[f] for f in folders]
     else:
-        labels = [place.get(f, numbers[k]) for k, f in enumerate(folders)]
+        labels = [n if n >= 0 else place.get(f, -1) for n, f in zip(numbers, folders, strict=True)]
         high = next((k for k, y in enumerate(labels) if y >= len(classes)), None)
         if high is not None:
             of = f"{top}/{images.shards[images.shard[high]]}: {images.names[high]}"
