@@ -28,7 +28,7 @@ app = App(
     help="Feature Fusion Learning and its family: train several networks side by side, take home a better one.",
     help_format="plaintext",
 )
-bench = App(name="bench", help="Measure: `fastffl bench kernels`, `fastffl bench train`, `fastffl bench data`.", help_format="plaintext")
+bench = App(name="bench", help="Measure: `fastffl bench kernels`, `train` or `data`.", help_format="plaintext")
 app.command(bench)
 images = App(name="data", help="Image files: `fastffl data check`, `fastffl data prepare`.", help_format="plaintext")
 app.command(images)
@@ -387,8 +387,8 @@ def bench_data(
 
         changes = {"amp.enabled": amp or None, "data.batch_size": batch_size, "data.root": data, "run.device": device}
         chosen = _recipe(recipe, None, model, changes, sets)
-        lists = [text.split(",") if text else None for text in (loaders, workers, parts)]
-        result = measure(chosen, *lists, Path(out) if out else None, quick=quick, minutes=minutes, say=_say)
+        named, counts, some = (text.split(",") if text else None for text in (loaders, workers, parts))
+        result = measure(chosen, named, counts, some, Path(out) if out else None, quick=quick, minutes=minutes, say=_say)
     if json:
         _say(_dumps(result.document))
     return result.code

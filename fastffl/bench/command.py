@@ -1,4 +1,4 @@
-"""`fastffl bench kernels` and `fastffl bench train` below their flags: choose, run, keep rows, print, judge."""
+"""`fastffl bench kernels`, `train` and `data` below their flags: choose, run, keep rows, print, judge."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import FastFFLError, ThresholdError, UsageError, nearest, printable
+from ..recipe import Recipe
 from . import kernels, problems, roofline, timing
 from .goals import Comparison, Row, goal_table
 
@@ -224,3 +225,70 @@ def bench_train(
         table(GOAL_COLUMNS, goal_table(cases.goals(rows)), right=2)
     comparison = train.compare(earlier, rows, tolerance) if earlier else None
     return _end(rows, [r for r in rows if train.bad(r)], facts, comparison, say)
+
+
+def _data_line(row: Row) -> str:
+    """A row of the loaders for people."""
+    head = f"{row['case']:22} {row['variant']:24}"
+    if row["kind"] == "images":
+        if "bytes" not in row:
+            return f"{head} {row.get('images', 'shards')}"
+        spread = [f"{key} {row[key]['p5']:,} {row[key]['p50']:,} {row[key]['p95']:,}" for key in ("bytes", "side")]
+        return f"{head} {row['images']:,}, each {row['copies']} times; 5, 50 and 95 % of {', of '.join(spread)}"
+    if row["ms"] is None:
+        return f"{head} {row['state']}"
+    gpu = f", GPU {row['gpu_pct']:.0f} %" if "gpu_pct" in row else ""
+    rate = f"{row['img_s']:10,.1f} img/s  {row['ms']:9.1f} ms a batch"
+    return f"{head} {rate}  {row['ratio']:6.2f} x {row['against']}  {row['cpu_cores']:.1f} of {row['cores']} cores{gpu}"
+
+
+def bench_data(
+    recipe: Recipe,
+    loaders: list[str] | None,
+    workers: list[str] | None,
+    parts: list[str] | None,
+    out: Path | None,
+    *,
+    quick: bool = False,
+    minutes: float = 9.5,
+    say: Callable[[str], None] = print,
+) -> Result:
+    """Measure loaders, step and both on a recipe's images, append rows to `out` as they come, print them and what binds.
+
+    loaders   None: those that are installed
+    workers   numbers; None: as training has it, one per core but one
+    parts     of loader, compute, together; None: all
+    """
+    from ..data.folder import has_dali
+    from . import data
+
+    for flag, given, known in (("loaders", loaders, data.LOADERS), ("parts", parts, data.PARTS)):
+        for name in given or []:
+            if name not in known:
+                raise UsageError(f"--{flag} {name}: expected some of {', '.join(known)}{nearest(name, known)}")
+    if wrong := [word for word in workers or [] if not word.isdecimal() or int(word) > 1024]:
+        raise UsageError(f"--workers {wrong[0]}: expected numbers up to 1024, for example 1,2,4")
+    if recipe.data.name not in ("folder", "imagenet", "imagenette"):
+        raise UsageError(f"bench data measures loaders of image files; {recipe.name} learns {recipe.data.name}; try imagenette")
+    if recipe.data.root is None:
+        raise UsageError(
+            "bench data needs images: --data DIR, with DIR/train/CLASS/IMAGE.JPEG or DIR/CLASS/IMAGE.JPEG; few will do"
+        )
+    cuda = _on_cuda(recipe.run.device, "measures on the CPU")
+    facts = timing.circumstances(cuda)
+    rows: list[Row] = []
+    emit = _keeper(rows, out, facts, say, _data_line)
+    chosen = loaders or [name for name in data.LOADERS if name != "dali" or has_dali()]
+    data.measure(
+        recipe,
+        list(dict.fromkeys(chosen)),
+        [int(word) for word in workers] if workers else [None],
+        parts or data.PARTS,
+        emit,
+        rounds=3 if quick else 7,
+        turns=data.Turns(1.0 if quick else 2.0, 8 if cuda else 2, 200 if cuda else 24),
+        seconds=60 * minutes,
+    )
+    for line in data.binds(rows):
+        say(line)
+    return _end(rows, [r for r in rows if data.bad(r)], facts, None, say)
