@@ -219,6 +219,15 @@ def test_workers_that_hang_end_in_one_error_that_names_the_image(
 
 
 @pytest.mark.timeout(60)
+def test_a_stopped_worker_does_not_outlive_an_iterator_closed_early(tmp_path: Path) -> None:
+    before = children()
+    stream, pids = started(scan(folder(tmp_path, {"a": 40, "b": 40})), jobs(80, 4), 1)
+    os.kill(pids[0], signal.SIGSTOP)
+    stream.close()  # type: ignore[attr-defined]
+    assert children() == before
+
+
+@pytest.mark.timeout(60)
 def test_signals_to_all_processes_of_a_run_are_the_trainers(tmp_path: Path) -> None:
     """A queue's SIGTERM and a terminal's Ctrl-C reach the workers too; the trainer still gets its batches."""
     manifest = scan(folder(tmp_path, {"a": 20, "b": 20}))
