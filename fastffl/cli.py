@@ -298,7 +298,7 @@ def data_prepare(
         made = prepare(root, out, size, quality, shards, workers, checked)
         if not json:
             for path, why in made.skipped:
-                _say(f"  left out {path}: {why}")
+                _say(f"  left out {printable(path)}: {printable(why)}")
             splits = ", ".join(f"{n:,} {name}" for name, n in made.splits.items())
             _say(f"{made.images:,} images of {made.classes:,} classes ({splits}), {made.resized:,} of them resized")
             packed = f" in {made.shards:,} shards" if made.shards else ""

@@ -113,7 +113,7 @@ class Report:
                 if k == each_kind:
                     yield f"  {kind:13} ... {count[kind] - k:,} more, all of them with --json"
                     break
-                yield f"  {kind:13} {p.path}: {p.why}"
+                yield f"  {kind:13} {printable(p.path)}: {printable(p.why)}"
 
 
 class Row(NamedTuple):
@@ -315,14 +315,18 @@ def check(root: str, out: str | None = None, workers: int | None = None, again: 
         raise UsageError(f"--workers {workers}: expected 1 to 1024")
     found = layout(root)
     folder = Path(out).expanduser() if out else found.top / CHECKED
+    try:
+        made = listing(found)
+    except OSError as error:
+        raise DataError(f"{error.filename or root}: {error.strerror or error}") from None
+    if not made.names and not any(p.kind in UNUSABLE for p in made.problems):
+        raise DataError(
+            f"{root} holds no images in class folders; expected {root}/train/CLASS/IMAGE.jpg, or {root}/CLASS/IMAGE.jpg"
+        )
     with claimed(folder, f"name another: fastffl data check {root} --out FOLDER"):
         if again:
             for name in (PROGRESS, MANIFEST):
                 (folder / name).unlink(missing_ok=True)
-        try:
-            made = listing(found)
-        except OSError as error:
-            raise DataError(f"{error.filename or root}: {error.strerror or error}") from None
         before = _before(folder / MANIFEST)
         try:
             facts = _look_at_all(made, folder / PROGRESS, before, workers or cores())

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from ..errors import DataError, Interrupted, UsageError
 from .check import appending, claimed, rows
-from .manifest import CHECKED, EXTENSIONS, Manifest, splits
+from .manifest import CHECKED, Manifest, splits
 from .processes import Bar, Lost, cores, each
 from .rng import order
 from .shards import BLOCK, CLASSES, Member, Shards, index_text, write
@@ -108,11 +108,11 @@ def inner(manifest: Manifest, k: int) -> str:
     return "/".join(folders[folders.index(cls) + 1 :]) if cls in folders[:-1] else key
 
 
-def new_name(name: str, resized: bool, taken: frozenset[str]) -> str:
-    """Where an image goes: a resized one is a JPEG and says so."""
+def new_name(root: Path, name: str, resized: bool) -> str:
+    """Where an image of `root` goes: a resized one is a JPEG and says so."""
     if not resized or name.lower().endswith(JPEG):
         return name
-    while f"{name}.jpg" in taken:
+    while (root / f"{name}.jpg").exists():  # it keeps its name
         name += "_"
     return f"{name}.jpg"
 
@@ -220,8 +220,6 @@ class _Folders:
     def _part(self, part: str, manifest: Manifest, done: set[int], workers: int, report: Prepared, bar: Bar, append: Any) -> None:
         for cls in manifest.classes:
             (self.out / part / cls).mkdir(parents=True, exist_ok=True)
-        twice = tuple(f"{e}.jpg" for e in EXTENSIONS if e not in JPEG)
-        taken = frozenset(f for f in manifest.files if f.lower().endswith(twice))
         temp = self.out / CHECKED / TEMP
 
         def work(k: int) -> tuple[int, Made]:
@@ -232,7 +230,7 @@ class _Folders:
             if isinstance(manifest, Shards):  # names in a tar are no paths, and several shards may have the same
                 stem, _, suffix = name.rpartition(".")
                 name = f"{k:07}-{escaped(stem).replace('/', '-')}.{suffix}"
-            to = self.out / part / new_name(f"{manifest.classes[manifest.labels[k]]}/{name}", made.resized, taken)
+            to = self.out / part / new_name(manifest.root, f"{manifest.classes[manifest.labels[k]]}/{name}", made.resized)
             mine = temp / str(os.getpid())
             try:
                 mine.write_bytes(made.data)
