@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 VERBS = ("train", "evaluate", "export", "data", "bench", "recipes", "methods", "models", "slurm", "doctor")
-GROUPS = {"bench": ("kernels", "train"), "data": ("check", "prepare")}
+GROUPS = {"bench": ("kernels", "train", "data"), "data": ("check", "prepare")}
 app = App(
     name="fastffl",
     version=__version__,
