@@ -226,8 +226,8 @@ class Portable:
                     made = next(batches)
                 except StopIteration:
                     return
-                except RuntimeError as error:
-                    text = str(error).splitlines()[0]
+                except (RuntimeError, OSError, EOFError) as error:
+                    text = (str(error) or type(error).__name__).splitlines()[0]
                     if text.startswith("DataLoader timed out"):
                         waited += POLL
                         if waited < STALL:
@@ -236,9 +236,9 @@ class Portable:
                             f"no batch of images came for {STALL:g} seconds; being read: {self._being_read(at)}; see whether "
                             "its disk answers"
                         ) from None
-                    if not text.startswith("DataLoader worker"):
+                    if isinstance(error, RuntimeError) and not text.startswith("DataLoader worker"):
                         raise
-                    raise DataError(
+                    raise DataError(  # an OSError or EOFError: it died between giving a batch and handing over its memory
                         f"a process that decodes images died ({text}); being read: {self._being_read(at)}; if memory ran out, "
                         "use --set data.workers=0"
                     ) from None
