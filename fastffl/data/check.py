@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import stat
+import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -40,6 +41,7 @@ from .processes import Bar, Lost, cores, each
 from .shards import Shards, read_shards, write
 
 MANIFEST, PROGRESS = "manifest.jsonl", "progress.jsonl"
+FLUSH = 0.5  # seconds
 LARGEST = 2**30  # bytes of one image file
 TINY = 16  # pixels of the shorter side
 KINDS = {  # of format, by suffix; MPO is the JPEG of phones that hold two pictures
@@ -373,16 +375,21 @@ def _lost(kind: str, why: str) -> Facts:
 
 @contextmanager
 def appending(path: Path) -> Iterator[Callable[[Any], None]]:
-    """Append lines to a file; half a line that a killed writer left is cut off."""
+    """Append lines to a file; half a line that a killed writer left is cut off. A kill loses those of FLUSH seconds."""
     with path.open("ab+") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(0, end - 2**17))  # no line is longer
         tail = file.read()
         file.truncate(end - len(tail) + tail.rfind(b"\n") + 1)
 
+        written = time.monotonic()
+
         def append(value: Any) -> None:
+            nonlocal written
             file.write(json.dumps(value).encode() + b"\n")
-            file.flush()
+            if time.monotonic() - written > FLUSH:
+                file.flush()
+                written = time.monotonic()
 
         yield append
 

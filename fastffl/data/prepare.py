@@ -164,7 +164,7 @@ def prepare(
         try:
             temp.mkdir(exist_ok=True)
             for left in temp.iterdir():
-                left.unlink()
+                left.unlink(missing_ok=True)  # the processes of a killed call may still be at work
             make = _Shards(target, size, quality, shards << 20) if shards else _Folders(target, size, quality)
             with Bar("prepared", sum(len(m.files) for m in parts.values())) as bar:
                 make.all(parts, workers or cores(), report, bar)

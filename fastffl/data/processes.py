@@ -11,29 +11,29 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing.connection import Connection, wait
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ..errors import DataError
 
-CHUNK = 8  # numbers a process is given at once; it holds two such, so it never waits
-AHEAD = 64 * CHUNK  # how far behind the newest the oldest unanswered number may be, where the order is kept
-LIMIT = 60.0  # seconds for one number
+CHUNK = 16  # numbers a process answers at once; it is given the next such before it ends one, so it never waits
+AHEAD = 512  # how far behind the newest the oldest unanswered number may be, where the order is kept
+LIMIT = 60.0  # seconds for an answer
 DEATHS = 20  # processes that may end one after another without an answer between them
 R = TypeVar("R")
 
 
 class Lost(NamedTuple):
-    """No answer: `hung` after LIMIT seconds, else its process died. Both happened twice."""
+    """No answer: `hung` after LIMIT seconds, else its process died; alone, after that had happened among others."""
 
     hung: bool
     why: str
 
 
 @dataclass
-class _Worker(Generic[R]):
+class _Worker:
     process: Any
     pipe: Connection
-    todo: deque[int] = field(default_factory=deque)  # in the order in which answers come
+    todo: deque[list[int]] = field(default_factory=deque)  # in the order in which answers come
     since: float = 0.0
 
 
@@ -48,9 +48,7 @@ def _serve(work: Callable[[int], R], pipe: Connection, parent: int) -> None:
         while not pipe.poll(0.5):  # a killed parent leaves its end open in our siblings
             if os.getppid() != parent:
                 return
-        numbers = pipe.recv()
-        for k in numbers:
-            pipe.send(work(k))
+        pipe.send([work(k) for k in pipe.recv()])
 
 
 def each(
@@ -58,68 +56,61 @@ def each(
 ) -> Iterator[tuple[int, R | Lost]]:
     """(k, work(k)) for every number, in forked processes; as they come, or `ordered`.
 
-    Whatever ends a process (a signal, an abort in a library) or hangs in it is met twice before it is Lost.
-    DataError where processes die one after another, as they do without memory.
+    Whatever ends a process (a signal, an abort in a library) or hangs in it is met twice, the second time alone, before it is
+    Lost. DataError where processes die one after another, as they do without memory.
     """
     fork = multiprocessing.get_context("fork")
-    source, again = iter(numbers), deque[list[int]]()
-    crew: list[_Worker[R]] = []
-    met: dict[int, int] = {}
+    source, alone = iter(numbers), deque[int]()
+    crew: list[_Worker] = []
     order: deque[int] = deque()  # handed out and not yet given, oldest first
     answers: dict[int, R | Lost] = {}
     deaths = 0
 
-    def hire() -> _Worker[R]:
+    def chunk() -> list[int]:
+        if alone:
+            return [alone.popleft()]
+        if not ordered:
+            return [*islice(source, CHUNK)]
+        new = [*islice(source, CHUNK)] if len(order) < AHEAD else []
+        order.extend(new)
+        return new
+
+    def hire() -> _Worker:
         ours, theirs = fork.Pipe()
         process = fork.Process(target=_serve, args=(work, theirs, os.getpid()), daemon=True)
         process.start()
         theirs.close()
-        worker = _Worker[R](process, ours, since=time.monotonic())
-        crew.append(worker)
-        return worker
+        crew.append(_Worker(process, ours))
+        return crew[-1]
 
-    def chunk() -> list[int]:
-        if again:
-            return again.popleft()
-        new = [] if ordered and len(order) >= AHEAD else [*islice(source, CHUNK)]
-        order.extend(new if ordered else ())
-        return new
-
-    def feed(worker: _Worker[R], numbers: list[int]) -> None:
+    def feed(worker: _Worker, given: list[int]) -> None:
         if not worker.todo:
             worker.since = time.monotonic()
-        worker.todo.extend(numbers)
+        worker.todo.append(given)
         with contextlib.suppress(OSError):  # it is dead, which the next look at its pipe shows
-            worker.pipe.send(numbers)
+            worker.pipe.send(given)
 
-    def lose(worker: _Worker[R], hung: bool) -> tuple[int, Lost] | None:
-        """End a worker; what it was at is tried once more."""
+    def lose(worker: _Worker, hung: bool) -> list[tuple[int, R | Lost]]:
+        """End a worker. What it had is tried again, number by number, but for one that it was given alone."""
         nonlocal deaths
         deaths += 1
         worker.process.kill()
         worker.process.join()
         worker.pipe.close()
         crew.remove(worker)
+        how = _how(worker.process)
         if deaths > DEATHS:
-            raise DataError(f"{deaths} processes died one after another ({_how(worker.process)}); use fewer: --workers 1")
-        if not worker.todo:
-            return None
+            raise DataError(f"{deaths} processes died one after another ({how}); use fewer: --workers 1")
         first, *rest = worker.todo
-        met[first] = met.get(first, 0) + 1
-        if rest:
-            again.appendleft(rest)
-        if met[first] == 1:
-            again.appendleft([first])
-            return None
-        return first, Lost(
-            hung, f"no answer in {limit:g} s" if hung else f"it ends the process that decodes it ({_how(worker.process)})"
-        )
+        alone.extend(k for given in (rest if len(first) == 1 else worker.todo) for k in given)
+        why = f"no answer in {limit:g} s" if hung else f"it ends the process that decodes it ({how})"
+        return [(first[0], Lost(hung, why))] if len(first) == 1 else []
 
-    def ready(k: int, answer: R | Lost) -> Iterator[tuple[int, R | Lost]]:
+    def ready(some: Iterable[tuple[int, R | Lost]]) -> Iterator[tuple[int, R | Lost]]:
         if not ordered:
-            yield k, answer
+            yield from some
             return
-        answers[k] = answer
+        answers.update(some)
         while order and order[0] in answers:
             first = order.popleft()
             yield first, answers.pop(first)
@@ -127,7 +118,7 @@ def each(
     try:
         while True:
             for worker in crew:
-                while len(worker.todo) <= CHUNK and (given := chunk()):
+                while len(worker.todo) < 2 and (given := chunk()):
                     feed(worker, given)
             while len(crew) < workers and (given := chunk()):
                 feed(hire(), given)
@@ -136,20 +127,16 @@ def each(
                 return
             came = set(wait([w.pipe for w in busy], 1.0))
             for worker in busy:
-                lost = None
                 if worker.pipe in came:
                     try:
-                        answer = worker.pipe.recv()
+                        some = worker.pipe.recv()
                     except (EOFError, OSError):
-                        lost = lose(worker, hung=False)
-                    else:
-                        deaths, worker.since = 0, time.monotonic()
-                        k = worker.todo.popleft()
-                        yield from ready(k, answer)
+                        yield from ready(lose(worker, hung=False))
+                        continue
+                    deaths, worker.since = 0, time.monotonic()
+                    yield from ready(zip(worker.todo.popleft(), some, strict=True))
                 elif time.monotonic() - worker.since > limit:
-                    lost = lose(worker, hung=True)
-                if lost:
-                    yield from ready(*lost)
+                    yield from ready(lose(worker, hung=True))
     finally:
         for worker in crew:
             worker.process.kill()

@@ -345,7 +345,7 @@ def test_an_order_that_is_kept_holds_little_back() -> None:
     seen = []
     for k, _ in each(lambda k: time.sleep(0.3 if k == 0 else 0), iter(seen.append(k) or k for k in range(5000)), 2, ordered=True):
         if k == 0:
-            assert len(seen) <= processes.AHEAD + 2 * processes.CHUNK
+            assert len(seen) <= processes.AHEAD + processes.CHUNK
     assert len(seen) == 5000
 
 
