@@ -52,6 +52,11 @@ class _Batch(NamedTuple):
     size: int
 
 
+def _said(error: RuntimeError) -> str:
+    """DALI's own words, without where in our code the operator was made."""
+    return why(error).rpartition("encountered: ")[2].removesuffix(" Current pipeline object is no longer valid.")[:300]
+
+
 class _Failed(Exception):
     """DALI could not make a batch; the pipeline is of no more use."""
 
@@ -175,7 +180,7 @@ class _Pipe:
         try:
             made = self._pipe.share_outputs(cuda_stream=stream)[0]
         except RuntimeError as error:
-            raise _Failed(why(error)) from error
+            raise _Failed(_said(error)) from error
         if self._setting.whole:
             feed_ndarray(made.as_tensor(), x, cuda_stream=stream)
         else:
@@ -329,7 +334,7 @@ class Dali:
             return _Pipe(self._setting, most, changes)
         except RuntimeError as error:
             raise DataError(
-                f"DALI can't decode images on {self._setting.device} ({why(error)}); --set data.loader=torchvision does without"
+                f"DALI can't decode images on {self._setting.device} ({_said(error)}); --set data.loader=torchvision does without"
             ) from error
 
     def _one_by_one(self, batch: _Batch, changes: int, error: _Failed) -> tuple[Tensor, _Batch]:

@@ -3,6 +3,7 @@
 import re
 import struct
 import warnings
+import zlib
 from io import BytesIO
 from typing import NamedTuple
 
@@ -17,10 +18,11 @@ _STOP = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)  # in coded data: wh
 class Header(NamedTuple):
     """kind       as Pillow names it: JPEG, PNG, WEBP, BMP, PPM, TIFF, GIF or MPO
     height, width  pixels, as stored
-    plain      of a variety that every decoder reads alike, and nothing looks damaged. Where it is False only decoding the whole
-               image by Pillow says whether it is good: CMYK, more than 8 bits, WebP with extras, a PNG without end, a JPEG with
-               markers between its pixels (libjpeg fills what follows with grey, and a decoder that stops at the last row that
-               was asked for never learns of it)
+    plain      of a variety that every decoder reads alike, and nothing looks damaged
+
+    Where it is not plain only Pillow's decoding of all of it says whether it is good: CMYK; more than 8 bits; a WebP with extras
+    or of another length than it says; a PNG with a wrong check sum; a JPEG with markers between its pixels (libjpeg fills what
+    follows with grey, and a decoder that stops at the last row that was asked for never learns of it).
     """
 
     kind: str
@@ -92,20 +94,33 @@ def _png(data: bytes) -> Header | None:
     if len(data) < 33 or data[12:16] != b"IHDR":
         return None
     width, height, bits = struct.unpack_from(">IIB", data, 16)
-    return Header("PNG", height, width, bits <= 8 and data.rfind(b"IEND\xaeB`\x82") > 0) if width and height else None
+    return Header("PNG", height, width, bits <= 8 and _sums_right(data)) if width and height else None
+
+
+def _sums_right(data: bytes) -> bool:
+    """Whether a PNG is whole, by the check sum of each of its parts: 0.1 ms for 100 kB. DALI returns half a picture else."""
+    view, at = memoryview(data), 8
+    while at + 12 <= len(data):
+        end = at + 8 + struct.unpack_from(">I", data, at)[0]
+        if end + 4 > len(data) or zlib.crc32(view[at + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
+            return False
+        if view[at + 4 : at + 8] == b"IEND":
+            return True
+        at = end + 4
+    return False
 
 
 def _webp(data: bytes) -> Header | None:
     size = struct.unpack_from("<I", data, 4)[0] + 8
     if size > len(data) + size % 2:
         raise ValueError(f"it is truncated: a WebP of {size} bytes of which {len(data)} are there")
-    kind, start = data[12:16], data[20:30]
+    kind, start, whole = data[12:16], data[20:30], size == len(data)
     if kind == b"VP8 " and start[3:6] == b"\x9d\x01\x2a" and len(start) == 10:
         width, height = struct.unpack_from("<HH", start, 6)
-        return Header("WEBP", height & 0x3FFF, width & 0x3FFF, True)
+        return Header("WEBP", height & 0x3FFF, width & 0x3FFF, whole)
     if kind == b"VP8L" and start[:1] == b"\x2f" and len(start) > 5:
         packed = struct.unpack_from("<I", start, 1)[0]
-        return Header("WEBP", (packed >> 14 & 0x3FFF) + 1, (packed & 0x3FFF) + 1, True)
+        return Header("WEBP", (packed >> 14 & 0x3FFF) + 1, (packed & 0x3FFF) + 1, whole)
     return None
 
 
