@@ -50,6 +50,7 @@ def _level(none: float, full: float, magnitude: int) -> float:
     return float(torch.linspace(none, full, FULL + 1)[magnitude])
 
 
+@cache
 def strength(change: Change, magnitude: int, size: int) -> float:
     """What an operation is done with: degrees (rotate), slope (shear), whole pixels (translate), kept bits (posterize), the
     threshold (solarize), the image's own weight against its variant (color, contrast, brightness, sharpness); else 0."""
@@ -101,6 +102,7 @@ def apply(image: Tensor, changes: Sequence[Change], magnitude: int) -> Tensor:
     return image
 
 
+@cache
 def source_of(change: Change, magnitude: int, size: int) -> tuple[float, ...]:
     """Where the pixels of a moved image come from: (a, b, c, d, e, f), x' = a x + b y + c, y' = d x + e y + f, in pixels from the
     upper left corner of the image; the identity for an operation that moves nothing."""
