@@ -86,8 +86,9 @@ def portions(labels: Tensor, train_fraction: float, val_fraction: float) -> tupl
     Which samples these are depends on nothing but the labels: it is part of the data, not of a run's seed.
     """
     train, val = [], []
-    for c in labels.unique(sorted=True).tolist():
-        ids = (labels == c).nonzero()[:, 0]
+    present, counts = labels.unique(sorted=True, return_counts=True)
+    by_class = labels.argsort(stable=True).split(counts.tolist())  # one sort: looking for each of 1,000 classes takes seconds
+    for c, ids in zip(present.tolist(), by_class, strict=True):
         ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(c))]
         held = min(round(val_fraction * len(ids)), len(ids) - 1)  # every class keeps an image to learn from
         used = max(1, round(train_fraction * (len(ids) - held)))

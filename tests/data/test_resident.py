@@ -117,6 +117,17 @@ def test_portions_do_not_depend_on_anything_but_labels() -> None:
     assert [int((labels[a[1]] == c).sum()) for c in range(4)] == [5] * 4
 
 
+def test_portions_are_drawn_class_by_class() -> None:
+    """Which images are held out is part of published runs: it must stay what it was."""
+    labels = torch.tensor([5, 0, 5, 2, 0, 5, 5, 2, 0, 5])
+    used, held = portions(labels, 1.0, 0.4)
+    want = []
+    for c in (0, 2, 5):
+        ids = (labels == c).nonzero()[:, 0]
+        want += ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(c))][: round(0.4 * len(ids))].tolist()
+    assert held.tolist() == sorted(want) and sorted([*used.tolist(), *want]) == list(range(10))
+
+
 def slow(image: Tensor, pad: int, mode: str, top: int, left: int, flip: bool) -> Tensor:
     """One image through Pillow (zero pad) or torchvision (reflect), cropped and mirrored a pixel at a time."""
     side = image.shape[1]
