@@ -1,7 +1,7 @@
 """Everything that wants a GPU, unattended and in blocks: first what could not be checked before, then figures, then training.
 
-    python bench/gpu.py --out DIR [--official DIR] [--data DIR] [--only checks,kernels,...] [--ops A,B] [--cases A,B]
-                        [--minutes 9] [--smoke]
+    python bench/gpu.py --out DIR [--official DIR] [--data DIR] [--images DIR|TAR] [--only checks,kernels,...] [--ops A,B]
+                        [--cases A,B] [--minutes 9] [--smoke]
 
 checks    the step on the device against the CPU, bf16 and fp16, no host read (torch's own sync detector), resume to the
           same digest, kernels on and off; then each op (bench/opchecks.py): random cases against float64 in guard bands,
@@ -10,6 +10,10 @@ kernels   `fastffl bench kernels`, an op at a time: DIR/kernels.jsonl, kernels.s
 sanitize  compute-sanitizer over 60 random cases of each op, where it is installed
 graph     bench/graphchecks.py: the captured step equals the eager one, hand-overs between streams, evaluation, memory
 step      `fastffl bench train`, all cases, the authors' code with --official: DIR/step.jsonl and the table of goals
+dali      bench/dalichecks.py: DALI on the GPU against the CPU, and what damaged files leave behind (--images)
+data      two ResNet-50 at 224 against the plain loop, torch.compile and fp32; `fastffl bench data` on --images, repeated in
+          memory: real JPEGs against resident batches, decoding on the GPU against 16 processes. DIR/data.jsonl and the table
+          of goals. What an earlier call of the same commit finished is not measured again
 train     ffl-cifar100-resnet32 --amp and its twin (--data), each resumed from DIR/runs where an earlier call stopped; when one
           is done its row, wall time and errors beside the published ones, joins DIR/step.jsonl
 
@@ -25,6 +29,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
@@ -37,7 +42,8 @@ import torch
 
 import fastffl_kernels
 from fastffl import recipes
-from fastffl.bench import cases, problems, roofline, timing
+from fastffl.bench import cases, problems, roofline, timing, variants
+from fastffl.bench import data as load
 from fastffl.bench import kernels as benched
 from fastffl.bench.problems import FULL
 from fastffl.bench.timing import ROOT, circumstances, read, write
@@ -45,6 +51,7 @@ from fastffl.data import Place, source
 from fastffl.recipe import Recipe, change
 from fastffl.train import Learner, fit, optim
 from fastffl.train.device import Plan, plan
+from fastffl.train.graph import computing
 from fastffl.train.progress import Progress
 from fastffl.train.step import Step
 from fastffl.values import Batch
@@ -259,6 +266,105 @@ def step(args: argparse.Namespace, emit: Callable[..., None]) -> None:
     emit("step", "fastffl bench train", ok=code == 0 and not counts["no"], exit_code=code, rows="step.jsonl", **counts)
 
 
+def dali(args: argparse.Namespace, emit: Callable[..., None]) -> None:
+    command = [sys.executable, "bench/dalichecks.py", "--out", str(args.out / "gpu.jsonl")]
+    command += (["--images", str(args.images)] if args.images else []) + (["--smoke"] if args.smoke else [])
+    code = run_for(command, 60 * args.minutes, grace=5)
+    emit("dali", "all checks", ok=code == 0, exit_code=code)
+
+
+def fp32_beside_ours(smoke: bool) -> list[Row]:
+    """The plain loop in fp32 and the default layout, convolutions in TF32 as torch has them, beside our step: rows as bench
+    train's, against ours."""
+    case = cases.CASES["resnet8x2-32"] if smoke else cases.CASES[load.STEP]
+    at = variants.setting(case, "cpu" if smoke else "cuda")
+    where = Plan(at.device, None, torch.contiguous_format, "fp32, contiguous")
+    batches = tuple(batch._replace(x=batch.x.float().contiguous()) for batch in at.batches)
+    with computing(at.device):
+        made = {"ours": variants.make(at, "ours"), "fp32": variants.Eager(at._replace(where=where, batches=batches), "fp32")}
+        calls = {}
+        for name, variant in made.items():
+            variant.set(0.05, 0.5)
+            for k in range(variant.first):
+                variant(variant.batches[k % len(variant.batches)])
+            variant.settle()
+            calls[name] = turn_of(variant, at, 1 if smoke else 4)
+        times = timing.interleave(calls, 3 if smoke else 12)
+        found = timing.rows(case.name, times, "ours")
+        losses_ = {name: variant.mean_loss() for name, variant in made.items()}
+        made["ours"].close()
+    off = abs(losses_["fp32"] - losses_["ours"]) / abs(losses_["ours"])
+    state = "ok" if off < 0.1 else f"wrong: the mean loss differs from ours by {off:.2g}"
+    facts = {"kind": "step", "cuda": not smoke, "state": state, "steps": 1 if smoke else 4}
+    return [row | facts | {"group": row["variant"]} for row in found if row["variant"] == "fp32"]
+
+
+def turn_of(variant: Any, at: variants.Setting, steps: int) -> Callable[[], None]:
+    def turn() -> None:
+        for k in range(steps):
+            variant(variant.batches[k % len(variant.batches)])
+        at.wait()
+
+    return turn
+
+
+def unpacked(images: Path | None, folder: Path) -> Path | None:
+    """The folder of training images in a folder or tar of them."""
+    if images is None or images.is_dir():
+        return images
+    with tarfile.open(images) as tar:
+        tar.extractall(folder, filter="data")
+    return folder
+
+
+def data(args: argparse.Namespace, emit: Callable[..., None]) -> None:
+    out, end = args.out / "data.jsonl", time.monotonic() + 60 * args.minutes
+    known = read(args.out / "gpu.jsonl") if (args.out / "gpu.jsonl").is_file() else []
+    commit = circumstances()["commit"]
+    done = {
+        r["case"] for r in known if r.get("ok") and r["commit"] == commit and r["variant"] == ("smoke" if args.smoke else "ours")
+    }
+    fastffl = [sys.executable, "-m", "fastffl", "bench"]
+    train_ = [*fastffl, "train", "--out", str(out), "--rivals", "eager" if args.smoke else "eager,compile"]
+    train_ += (
+        ["--device", "cpu", "--quick", "--case", "resnet8x2-32"] if args.smoke else ["--device", "cuda", "--case", load.STEP]
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        images = unpacked(args.images, Path(folder))
+        load_ = [*fastffl, "data", "imagenet", "--data", str(images), "--out", str(out), "--set", "nets.share_stem=false"]
+        small = ["--batch-size", "4", "--set", "data.size=16", "--quick", "--device", "cpu", "--workers", "1"]
+        load_ += small if args.smoke else ["--amp", "--device", "cuda", "--workers", "16"]
+        nets = ("resnet8", "resnet8") if args.smoke else ("resnet50", "resnet34")
+        # name -> (command, share of the block's time)
+        todo: dict[str, tuple[list[str] | None, float]] = {
+            "step": (train_, 0.45),
+            "fp32": (None, 0.1),
+            "JPEGs, first pair": ([*load_, "--model", ",".join(nets[:1] * 2)], 0.3),
+            "JPEGs, second pair": (
+                [*load_, "--model", ",".join(nets[1:] * 2), "--loaders", "dali", "--parts", "together,compute"],
+                0.15,
+            ),
+        }
+        left = sum(share for _, share in todo.values())
+        for name, (command, share) in todo.items():
+            seconds = max(20.0, (end - time.monotonic()) * share / left)
+            left -= share
+            if f"data: {name}" in done:
+                continue
+            if "JPEGs" in name and images is None:
+                emit("data", name, ok=False, error="no --images DIR given")
+            elif command is None:
+                rows = fp32_beside_ours(args.smoke)
+                write(out, rows, circumstances())
+                emit("data", name, ok=all(row["state"] == "ok" for row in rows))
+            else:
+                limit = ["--minutes", f"{seconds / 60:.2f}"]
+                code = run_for([*command, *limit], seconds + 60, grace=10)
+                emit("data", name, ok=code == 0, exit_code=code, rows="data.jsonl")
+    met = [m.met for m in load.goals(read(out) if out.is_file() else [])]
+    emit("data", "goals", ok="no" not in met, **{word: met.count(word) for word in ("yes", "no", "unmeasured")})
+
+
 PUBLISHED = {"fused": "25.56 +- 0.32", "p0": "27.06 +- 0.34", "p1": "27.06 +- 0.34"}  # errors, FFL slides
 
 
@@ -315,7 +421,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--official", type=Path)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--only", default="checks,graph,kernels,sanitize,step,train")
+    parser.add_argument("--images", type=Path, help="JPEGs in class folders, or a tar of them; few will do")
+    parser.add_argument("--only", default="checks,graph,kernels,sanitize,step,dali,data,train")
     parser.add_argument("--ops", default=",".join(FULL), help="of the blocks checks, kernels and sanitize")
     parser.add_argument("--cases", default="", help="of the block step; all that is compiled takes longer than a block")
     parser.add_argument("--minutes", type=float, default=9.0, help="for each block")
@@ -338,7 +445,8 @@ def main() -> None:
         write(args.out / "gpu.jsonl", [row], facts)
         print(row, flush=True)
 
-    blocks = {"checks": checks, "graph": graph, "kernels": kernels, "sanitize": sanitize, "step": step, "train": train}
+    blocks = {"checks": checks, "graph": graph, "kernels": kernels, "sanitize": sanitize, "step": step}
+    blocks |= {"dali": dali, "data": data, "train": train}
     for name in args.only.split(","):
         if name not in blocks:
             sys.exit(f"error: --only {name}: expected some of {', '.join(blocks)}")

@@ -33,7 +33,8 @@ from ..train.graph import WARM, Stepper, computing
 from ..train.step import Step
 from ..values import Batch
 from . import timing
-from .goals import Row
+from .cases import CASES
+from .goals import Goal, Measured, Row
 
 Emit = Callable[[Row], None]
 PARTS = ("loader", "compute", "together")
@@ -196,9 +197,7 @@ class Bench:
                     self.wait()
                     begin = time.perf_counter()
             self.wait()
-            seconds = time.perf_counter() - begin
-            batches.close()  # type: ignore[attr-defined]
-            return seconds
+            return time.perf_counter() - begin
 
         return turn
 
@@ -352,3 +351,34 @@ def binds(rows: Sequence[Row]) -> list[str]:
         text = f"{name}: the {narrow} binds ({loader:,.0f} img/s loaded, {compute:,.0f} computed: {wide:.2f} x)"
         said.append(text + (f"; together {both:,.0f}, {100 * both / min(loader, compute):.0f} % of the slower" if both else ""))
     return said
+
+
+# ---- goals ------------------------------------------------------------------------------------------------------------------
+
+STEP = next(case.name for case in CASES.values() if case.heavy)
+GOALS = (
+    Goal("I1", "step", STEP, "eager", 1.15, 1.3),
+    Goal("I1", "step", STEP, "compile", 1.0, 1.05),
+    Goal("I2", "step", STEP, "fp32", 2.5, 3),
+    Goal("I3", "from JPEGs", "resnet50x2-224-256", "resident", 0.95, 0.98),
+    Goal("I3", "from JPEGs", "resnet34x2-224-256", "resident", 0.80, 0.92),
+    Goal("I4", "loader", "GPU decode", "torchvision 16", 1.5, 2),
+)
+
+
+def goals(rows: Sequence[Row]) -> list[Measured]:
+    """Each goal from the newest rows of a CUDA device; against a group of rivals, its best. All are rival / ours."""
+    newest = {(r["kind"], r["case"], r["variant"]): r for r in rows if r.get("cuda") and r.get("state") == "ok" and r.get("ms")}
+    return [Measured(goal, *min(_figures(goal, list(newest.values())), default=(None, ""))) for goal in GOALS]
+
+
+def _figures(goal: Goal, rows: Sequence[Row]) -> list[tuple[float, str]]:
+    """(how many times better ours is, what it was measured against)."""
+    if goal.op == "step":
+        mine = [r for r in rows if r["kind"] == "step" and r["case"] == goal.case and r["group"] == goal.against]
+        return [(r["ratio"], r["variant"]) for r in mine if r["against"].startswith("ours")]
+    loaded = [r for r in rows if r["kind"] == "data" and "dali" in r["against"]]
+    if goal.op == "loader":
+        return [(r["ratio"], goal.against) for r in loaded if r["variant"] == f"loader {goal.against}"]
+    # a step on batches that lie on the device, by one that is fed: the share of its rate that is left
+    return [(r["ratio"], goal.against) for r in loaded if r["variant"] == "compute" and r["case"] == goal.case]
