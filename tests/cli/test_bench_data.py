@@ -1,8 +1,10 @@
 """fastffl bench data: words, exact rows, images repeated in memory, a clock that starts when the queues are empty, what binds."""
 
+import argparse
 import itertools
 import json
 import multiprocessing
+import sys
 import tarfile
 import time
 from collections import Counter
@@ -15,10 +17,16 @@ import pytest
 import torch
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
+
+import dalichecks
+import gpu
 from fastffl import recipes
 from fastffl.bench import data as file
-from fastffl.bench.goals import Row
+from fastffl.bench import timing
+from fastffl.bench.goals import Row, goal_table
 from fastffl.data.folder import Folder, has_dali
+from fastffl.data.portable import Portable
 from fastffl.data.source import Place
 from fastffl.recipe import Recipe, change
 from fastffl.values import Batch
@@ -249,3 +257,138 @@ def test_what_binds() -> None:
         "together 99, 99 % of the slower",
     ]
     assert file.binds(rows[:2]) == [] and file.binds([]) == []
+
+
+# ---- goals, and the blocks for a GPU ----------------------------------------------------------------------------------------
+
+
+def test_goals_are_unmeasured_without_rows_of_a_gpu() -> None:
+    assert [(m.goal.id, m.goal.against) for m in file.goals([])] == [
+        ("I1", "eager"),
+        ("I1", "compile"),
+        ("I2", "fp32"),
+        ("I3", "resident"),
+        ("I3", "resident"),
+        ("I4", "torchvision 16"),
+    ]
+    assert {m.met for m in file.goals([])} == {"unmeasured"}
+    assert goal_table(file.goals([]))[0] == ["I1", f"step {file.STEP}, eager", "1.15 x", "1.30 x", "unmeasured", "unmeasured"]
+
+
+def test_goals_from_rows() -> None:
+    same = {"cuda": True, "state": "ok", "ms": 1.0}
+    step = {**same, "kind": "step", "case": file.STEP, "against": "ours"}
+    fifty, other = ({**same, "kind": "data", "case": f"resnet{n}x2-224-256"} for n in (50, 34))
+    rows: list[Row] = [
+        {**step, "variant": "eager", "group": "eager", "ratio": 1.2},
+        {**step, "variant": "compile", "group": "compile", "ratio": 1.1},
+        {**step, "variant": "compile-max", "group": "compile", "ratio": 0.9},
+        {**step, "variant": "fp32", "group": "fp32", "ratio": 2.0},
+        {**fifty, "variant": "compute", "ratio": 0.5, "against": "together torchvision 16"},
+        {**fifty, "variant": "compute", "ratio": 0.97, "against": "together dali 16"},
+        {**other, "variant": "together dali 16", "ratio": 1.0, "against": "together dali 16"},
+        {**fifty, "variant": "loader dali 16", "ratio": 1.0, "against": "loader dali 16"},
+        {**fifty, "variant": "loader torchvision 16", "ratio": 1.8, "against": "loader dali 16"},
+    ]
+    found = [(m.goal.id, m.value, m.rival, m.met) for m in file.goals(rows)]
+    assert found == [
+        ("I1", 1.2, "eager", "yes"),
+        ("I1", 0.9, "compile-max", "no"),
+        ("I2", 2.0, "fp32", "no"),
+        ("I3", 0.97, "resident", "yes"),
+        ("I3", None, "", "unmeasured"),
+        ("I4", 1.8, "torchvision 16", "yes"),
+    ]
+    assert {m.met for m in file.goals([{**row, "cuda": False} for row in rows])} == {"unmeasured"}
+
+
+def blocks(tmp_path: Path, **more: Any) -> tuple[argparse.Namespace, list[Row], Any]:
+    """What gpu.py's blocks get: arguments, and where their rows go."""
+    rows: list[Row] = []
+
+    def emit(block: str, case: str, **values: Any) -> None:
+        row = {"case": f"{block}: {case}", "variant": "smoke", "ms": 1.0, **values}
+        rows.append(row)
+        timing.write(tmp_path / "gpu.jsonl", [row], timing.circumstances())
+
+    args = {"out": tmp_path, "minutes": 9.0, "smoke": True, "images": None, **more}
+    return argparse.Namespace(**args), rows, emit
+
+
+def test_the_data_block_measures_what_an_earlier_call_has_not(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[list[str]] = []
+    codes = iter([0, 1, 0, 0])
+    monkeypatch.setattr(gpu, "run_for", lambda command, *_, **__: called.append(command) or next(codes))
+    monkeypatch.setattr(gpu, "fp32_beside_ours", lambda smoke: [])
+    args, rows, emit = blocks(tmp_path, images=images)
+    gpu.data(args, emit)
+    names = ["step", "fp32", "JPEGs, first pair", "JPEGs, second pair", "goals"]
+    assert [r["case"] for r in rows] == [f"data: {name}" for name in names]
+    assert [r["ok"] for r in rows] == [True, True, False, True, True] and rows[-1]["unmeasured"] == 6
+    assert [command[4] for command in called] == ["train", "data", "data"]
+    rows.clear()
+    gpu.data(args, emit)
+    assert [r["case"] for r in rows] == ["data: JPEGs, first pair", "data: goals"] and len(called) == 4
+
+
+def test_the_data_block_without_images_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "run_for", lambda *_, **__: 0)
+    monkeypatch.setattr(gpu, "fp32_beside_ours", lambda smoke: [])
+    args, rows, emit = blocks(tmp_path)
+    gpu.data(args, emit)
+    assert [r["error"] for r in rows if not r["ok"]] == ["no --images DIR given"] * 2
+
+
+def test_the_data_blocks_commands_are_of_this_version(
+    images: Path, tmp_path: Path, call, monkeypatch: pytest.MonkeyPatch
+) -> None:  # type: ignore[no-untyped-def]
+    """On a GPU they run unattended: every word must be known. The step's is measured in its own test."""
+    called: list[list[str]] = []
+    monkeypatch.setattr(gpu, "run_for", lambda command, *_, **__: called.append(command) or 0)
+    monkeypatch.setattr(gpu, "fp32_beside_ours", lambda smoke: [])
+    short = file.Turns(0.01, 2, 2)
+    monkeypatch.setattr(file, "Turns", lambda *_: short)
+    for smoke in (False, True):
+        (tmp_path / str(smoke)).mkdir()
+        args, _, emit = blocks(tmp_path / str(smoke), images=images, smoke=smoke)
+        gpu.data(args, emit)
+    full, small = [c[3:] for c in called[:3]], [c[3:] for c in called[3:]]
+    assert len(full) == len(small) == 3
+    for words in small[1:]:
+        got = call(*words)
+        assert got.code == 0, got.err
+    for words in full:
+        got = call(*words)
+        assert got.code == 0 or "finds no CUDA device" in got.err, got.err
+
+
+def test_fp32_beside_ours() -> None:
+    (made,) = gpu.fp32_beside_ours(True)
+    assert made["kind"] == "step" and made["variant"] == made["group"] == "fp32" and made["against"] == "ours"
+    assert made["state"] == "ok" and made["ratio"] > 0 and made["n"] == 3
+
+
+@pytest.mark.skipif(not has_dali(), reason="DALI is not installed")
+def test_the_dali_checks_walk_through_and_see_a_wrong_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = dalichecks.images(REAL if REAL.is_file() else None, True)
+    assert dalichecks.check_decode(files, "cpu")["ok"] and dalichecks.check_views(files, "cpu")["ok"]
+    found = dalichecks.check_bad(files, "cpu", 16)
+    assert found["ok"] and found["good_equal"] and 0 < found["value"] <= 16
+    real = dalichecks.decoded
+
+    def off(decoder: Any, todo: Any) -> Any:
+        x, bad = real(decoder, todo)
+        return (x, bad) if isinstance(decoder, Portable) else ((x.int() + 5).clamp(max=255).to(torch.uint8), bad)
+
+    monkeypatch.setattr(dalichecks, "decoded", off)
+    assert not dalichecks.check_decode(files, "cpu")["ok"] and not dalichecks.check_views(files, "cpu")["ok"]
+    calls = itertools.count()
+
+    def drifting(decoder: Any, todo: Any) -> Any:
+        x, bad = real(decoder, todo)
+        return x.roll(next(calls), 0), bad
+
+    monkeypatch.setattr(dalichecks, "decoded", drifting)
+    assert not dalichecks.check_bad(files, "cpu", 16)["ok"]
