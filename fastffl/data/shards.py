@@ -158,7 +158,7 @@ def read_index(path: Path) -> list[Member]:
     for line in lines:
         words = line.split(" ")
         for ext, offset, size, name in zip(*[iter(words)] * 4, strict=True):
-            if split_name(name)[1] != ext:
+            if not name.endswith(ext):
                 raise ValueError(f"{path} has a name with a space")
             members.append(Member(name, int(offset), int(size)))
     return members
@@ -262,23 +262,23 @@ def _images(top: Path, shards: tuple[str, ...]) -> _Images:
     for s, shard in enumerate(shards):
         members = members_of(top / shard, top / CHECKED / f"{shard[:-4]}.idx")
         labels = {split_name(m.name)[0]: m for m in members if m.name.endswith(".cls")}
-        for m in members:
-            if is_image(m.name) and not m.name.rpartition("/")[2].startswith("."):
-                label = labels.get(split_name(m.name)[0])
-                found.names.append(m.name)
+        for name, offset, size in members:
+            if is_image(name) and not name[name.rfind("/") + 1 :].startswith("."):
+                label = labels.get(split_name(name)[0]) if labels else None
+                found.names.append(name)
                 found.shard.append(s)
-                found.offset.append(m.offset)
-                found.size.append(m.size)
+                found.offset.append(offset)
+                found.size.append(size)
                 found.cls.append(label.offset if label else -1)
     return found
 
 
 def class_of(name: str) -> str:
     """The class folder a member is in, or ""."""
-    *folders, _ = name.removeprefix("./").split("/")
-    if len(folders) > 1 and folders[0] in ("train", *HELD):
-        folders = folders[1:]
-    return folders[0] if folders else ""
+    first, slash, rest = name.partition("/")
+    if slash and (first == "." or (first in ("train", *HELD) and "/" in rest)):
+        return class_of(rest)
+    return first if slash else ""
 
 
 def _numbers(top: Path, images: _Images, chosen: Iterable[int]) -> list[int]:
@@ -322,7 +322,8 @@ def _labels(top: Path, images: _Images, classes: tuple[str, ...] | None) -> tupl
     place = {c: k for k, c in enumerate(classes or ())}
     by_name = bool(classes) and all(f in place for f in folders)
     # a million small reads are saved where names say it; one image of each shard is compared
-    chosen = [images.shard.index(s) for s in sorted({*images.shard})] if by_name else range(len(folders))
+    every = range(len(folders))
+    chosen = [k for k in every if k == 0 or images.shard[k] != images.shard[k - 1]] if by_name else every
     numbers = _numbers(top, images, chosen)
     if by_name:
         assert classes is not None
