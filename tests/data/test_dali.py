@@ -295,14 +295,16 @@ def test_each_operation_by_dali(name: str) -> None:
 
 @BOTH
 def test_an_image_is_the_same_in_every_batch(whole: bool, few: list[bytes]) -> None:
-    decoder = to_decode(few, whole=whole)
+    decoder, seen = to_decode(few, whole=whole), []
     for view in (Training(PLAIN, 40, 1, 2), Training(CHANGED, 40, 1, 2, len(OPS))):
         alone = pixels(decoder, jobs_of(20, view, 1))
+        seen.append(alone)
         assert torch.equal(alone, pixels(decoder, jobs_of(20, view, 20)))
         odd = [Job(ids, view) for ids in ((3,), (19, 0, 7, 7, 2), (5, 6), tuple(range(17, 4, -1)), (1,))]
         for job, (x, _) in zip(odd, made(decoder, odd), strict=True):
             assert torch.equal(x, alone[list(job.ids)])
     assert len({tuple(row.flatten().tolist()[:50]) for row in alone}) == 20
+    assert (seen[0] != seen[1]).any((1, 2, 3)).sum() > 12, "a pipeline without changes is not used where there are some"
     decoder.close()
 
 
@@ -341,6 +343,28 @@ def test_closed_early_leaves_nothing_behind(whole: bool, few: list[bytes]) -> No
         assert torch.equal(pixels(decoder, jobs_of(20, view, 2)), want)
         assert len(read) <= 20 + 2 * (taken + 2 * dali.DEPTH + 1), "no more is read than was ahead"
         assert len(decoder._idle) == 1 and not decoder._idle[0].running
+    decoder.close()
+
+
+def test_closed_early_reads_no_more(monkeypatch: pytest.MonkeyPatch, few: list[bytes]) -> None:
+    monkeypatch.setattr(dali, "CHUNK", 1)
+    go = threading.Event()
+
+    class Slow(Memory):
+        def read(self, k: int) -> bytes:
+            data = super().read(k)
+            if k >= 4:
+                go.wait(60)
+            return data
+
+    files = Slow(few)
+    decoder = Dali(cast(Manifest, files), Place(), 1, 9)
+    batches = cast(Any, decoder.decode(jobs_of(20, VIEWS[0], 4)))
+    next(batches)
+    batches.close()
+    go.set()
+    decoder._readers.submit(lambda: None).result(60)  # everything before it is done
+    assert files.read_ids == [0, 1, 2, 3, 4]
     decoder.close()
 
 
@@ -461,6 +485,27 @@ def test_an_error_of_ours_is_not_taken_for_a_bad_image(monkeypatch: pytest.Monke
         with pytest.raises(RuntimeError, match="shapes"):
             list(decoder.decode(jobs_of(20, VIEWS[0])))
     assert len(pixels(decoder, jobs_of(20, VIEWS[0]))) == 20, "and the next iterator has nothing of it"
+    decoder.close()
+
+
+def test_an_error_of_ours_waits_for_those_who_read_the_same_memory(monkeypatch: pytest.MonkeyPatch, few: list[bytes]) -> None:
+    monkeypatch.setattr(dali, "CHUNK", 5)
+    slow, done = threading.Event(), []
+
+    def shown(window: Tensor, view: View, magnitude: int) -> Tensor:
+        if window.shape[1] == 100:  # the first image
+            slow.wait(60)
+            raise RuntimeError("shapes")
+        slow.set()
+        threading.Event().wait(0.02)
+        done.append(window.shape[1])
+        return torch.zeros(view.size, view.size, 3, dtype=torch.uint8)
+
+    decoder = to_decode(few)
+    monkeypatch.setattr(dali, "shown", shown)
+    with pytest.raises(RuntimeError, match="shapes"):
+        list(decoder.decode(jobs_of(20, Evaluation(PLAIN, 32), 20)))
+    assert len(done) == 15
     decoder.close()
 
 
