@@ -33,11 +33,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(portable, "PAUSES", (0.0, 0.0))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_every_bad_image_is_named_once_and_costs_nobody_else(tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize(("loader", "workers"), [("torchvision", 0), ("torchvision", 1), ("dali", 1)])
+def test_every_bad_image_is_named_once_and_costs_nobody_else(tmp_path: Path, loader: str, workers: int) -> None:
     """All kinds of bad files among good ones: label UNLABELLED, pixels 0, every other image bit for bit what it was."""
     root = folder(tmp_path, {"train/a": 20, "train/b": 20, "val/a": 2, "val/b": 2})
-    clean = by_id(list(open_folder(root).train(7, 3, 1)))
+    if loader == "dali" and not folders.has_dali():
+        pytest.skip("DALI is not installed")
+    clean = by_id(list(open_folder(root, loader=loader).train(7, 3, 1)))
     names = [f"{3 * k:03}.png" for k in range(len(BAD))]  # a and b in turn, so that every batch has both
     hurt = {}
     for k, (name, make) in enumerate(zip(names, BAD.values(), strict=True)):
@@ -45,7 +47,7 @@ def test_every_bad_image_is_named_once_and_costs_nobody_else(tmp_path: Path, wor
         path.write_bytes(make())
         hurt[str(path)] = list(BAD)[k]
     said: list[str] = []
-    data = open_folder(root, max_bad=0.5, workers=workers)
+    data = open_folder(root, max_bad=0.5, loader=loader, workers=workers)
     data.say = said.append
     for _ in range(2):
         batches = list(data.train(7, 3, 1))
