@@ -125,6 +125,12 @@ def histogram(manifest: Manifest, most: int = 2000) -> Row:
     return {"images": total, "bytes": at(sizes), "side": at(sides)}
 
 
+def versions() -> dict[str, str]:
+    """Of what decodes."""
+    found = {"dali": ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "torchvision": ("torchvision",), "pillow": ("pillow",)}
+    return {name: next(filter(None, map(timing._version, packages)), "") for name, packages in found.items()}
+
+
 # ---- use of the machine -----------------------------------------------------------------------------------------------------
 
 
@@ -268,7 +274,7 @@ def measure(
         size = recipe.data.size or SHAPES[recipe.data.name][1]
         case = f"{title}-{size}-{recipe.data.batch_size}"
         facts = {"kind": "data", "batch": recipe.data.batch_size, "size": size, "cuda": bench.cuda}
-        facts |= {"cores": len(os.sched_getaffinity(0)), "place": bench.where.text}
+        facts |= {"cores": len(os.sched_getaffinity(0)), "place": bench.where.text, **versions()}
         emit({**facts, "kind": "images", "case": case, "variant": "images", "ms": None, "state": "ok", **about})
         try:
             with computing(bench.where.device):

@@ -99,6 +99,7 @@ def test_rows_of_all_parts(images: Path, call, tmp_path: Path, monkeypatch: pyte
     assert rows[0]["variant"] == "images" and rows[0]["images"] == 5 and rows[0]["copies"] > 1
     names = [f"{part} {name}" for part in ("loader", "together") for name in LOADERS]
     assert [r["variant"] for r in rows[1:]] == [*names, "compute"]
+    assert all(bool(r["dali"]) == has_dali() and r["torchvision"] and r["pillow"] for r in rows)
     for row in rows[1:]:
         assert row["state"] == "ok" and row["case"] == "resnet8x2-16-4" and row["kind"] == "data" and not row["cuda"]
         assert row["img_s"] == pytest.approx(4e3 / row["ms"]) and row["n"] == 3 and row["p20"] <= row["ms"] <= row["p80"]
