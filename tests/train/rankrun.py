@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fastffl.data import Place
 from fastffl.data.resident import Resident
 from fastffl.errors import DataError, FastFFLError
 from fastffl.recipe import Data
-from fastffl.train import Ranks, fit, joined
+from fastffl.train import Ranks, fit, joined, optim
 from fastffl.train.progress import Progress
 from tests.train import tiny
 
@@ -77,6 +78,8 @@ def one(rank: int, size: int, port: int, folder: str, options: dict[str, Any]) -
     if size > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if options.get("flat"):  # as on a GPU: gradients come from DDP's buckets into the flat buffer
+        optim.build = partial(optim.build, flat=True)
     recipe = tiny.recipe(run__watch=LIMIT, **options.get("recipe", {}))
     fault = options.get("fault", {})
     code = 0

@@ -52,7 +52,7 @@ def test_a_batch_smaller_than_the_ranks_still_weighs_right(tmp_path: Path) -> No
     assert largest_difference(one, three) < 2e-6
 
 
-@pytest.mark.parametrize("how", ["accum", "clip", "adamw", "ema", "amp"])
+@pytest.mark.parametrize("how", ["accum", "clip", "adamw", "ema", "amp", "flat", "flat accum"])
 def test_ranks_as_one_process_in_other_settings(how: str, tmp_path: Path) -> None:
     settings: dict[str, dict[str, Any]] = {
         "accum": {"optim__accum": 2},
@@ -60,9 +60,12 @@ def test_ranks_as_one_process_in_other_settings(how: str, tmp_path: Path) -> Non
         "adamw": {"optim__name": "adamw", "optim__lr": 0.002},
         "ema": {"ema__decay": 0.9},
         "amp": {"amp__enabled": True, "amp__dtype": "bf16"},
+        "flat": {"ema__decay": 0.9, "optim__clip": 0.1},
+        "flat accum": {"optim__accum": 2},
     }
-    a = rankrun.run(tmp_path / "1", 1, learner=NORMLESS, recipe=settings[how]).result()
-    b = rankrun.run(tmp_path / "2", 2, learner=NORMLESS, recipe=settings[how]).result()
+    options = {"learner": NORMLESS, "recipe": settings[how], "flat": how.startswith("flat")}
+    a = rankrun.run(tmp_path / "1", 1, **options).result()
+    b = rankrun.run(tmp_path / "2", 2, **options).result()
     # bf16 rounds activations, so other batch sizes choose other sums; Adam divides by the root of tiny squares
     assert largest_difference(a, b) < {"amp": 3e-2, "adamw": 3e-4}.get(how, 2e-6)
 
