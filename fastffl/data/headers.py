@@ -63,7 +63,7 @@ def _jpeg(data: bytes) -> Header | None:
             at += 1
             continue
         if marker in _FRAMES:
-            if frame or at + 10 > len(data):
+            if at + 10 > len(data):
                 return None
             frame = marker, *struct.unpack_from(">BHHB", data, at + 4)
         elif marker < 0xC0 or 0xD0 <= marker <= _END or (marker >= 0xF0 and marker != 0xFE):

@@ -249,6 +249,22 @@ def test_every_kind_of_image_resized_by_dali() -> None:
 
 
 @dataclass(frozen=True)
+class Aside(Training):
+    """A part that is neither the middle nor at the edge of what it is cut from, mirrored."""
+
+    def __call__(self, id: int, height: int, width: int) -> View:
+        return View(3, 5, height - 7, width - 9, 60, 70, 11, 4, self.size, flip=True)
+
+
+def test_a_mirrored_part_is_the_part_mirrored(few: list[bytes]) -> None:
+    jobs = jobs_of(20, Aside(PLAIN, 40, 0, 0))
+    got, want = (pixels(d, jobs) for d in (to_decode(few, whole=True), reference(few)))
+    assert torch.equal(pixels(to_decode(few), jobs), want)
+    mean, _, largest, _ = differences(got, want)
+    assert mean <= 0.3 and largest <= 3
+
+
+@dataclass(frozen=True)
 class One(Training):
     """The whole image, changed in one way."""
 

@@ -127,6 +127,13 @@ def test_a_marker_between_the_pixels_is_left_to_pillow() -> None:
         assert header(data[:scan] + fine + data[scan + 3 :]).plain
 
 
+def test_a_webp_of_another_length_is_left_to_pillow() -> None:
+    """DALI fills what is missing with nothing, and says nothing."""
+    for lossless in (False, True):
+        data = encoded("WEBP", lossless=lossless)
+        assert header(data).plain and not header(data[:90] + b"xx" + data[90:]).plain
+
+
 def test_no_photograph_is_doubted() -> None:
     if not PHOTOS.exists():
         pytest.skip("no photographs here")
