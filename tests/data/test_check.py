@@ -142,6 +142,14 @@ def test_any_name_survives(tmp_path: Path) -> None:
     assert check(str(root), workers=1).problems == report.problems
 
 
+def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
+    root = images(tmp_path, SMALL)
+    with (root / "train" / "a" / "huge.jpg").open("wb") as file:
+        file.truncate(2**41)
+    report = check(str(root), workers=1)
+    assert kinds(report) == {("train/a/huge.jpg", "bomb")} and "2,199,023,255,552 bytes" in report.problems[0].why
+
+
 # ---- a second look
 
 

@@ -107,6 +107,8 @@ def test_excluding_moves_no_other_image_between_the_splits(tmp_path: Path) -> No
     assert {*before.test.files} - {*found.test.files} == {*gone} & {*before.test.files}
     assert found.test.labels.count(2) == 1, "c lost the one it held out, and holds out the next by the hash"
     assert found.excluded == 3
+    exclude(root, next(f for f in before.train.files if f.startswith("b/")))
+    assert splits(str(root)).test.files == before.test.files, "29 of b are left, and three are held out as of 30"
     exclude(root, *[f"c/{k}.jpg" for k in range(11)])
     with pytest.raises(DataError, match="class c has one image"):
         splits(str(root))

@@ -18,7 +18,7 @@ from fastffl.data.check import check
 from fastffl.data.manifest import Splits, splits
 from fastffl.data.portable import decode
 from fastffl.data.prepare import prepare, shrink
-from fastffl.data.shards import Shards
+from fastffl.data.shards import Shards, members_of, split_name
 from fastffl.errors import DataError, UsageError
 
 from .test_manifest import ODD
@@ -107,22 +107,18 @@ def test_the_size_that_is_asked_for(tmp_path: Path) -> None:
         "bee/0.x.png.jpg" in folders.train.files and "bee/1.JPEG" in folders.train.files and "bee/6.x.png" in folders.train.files
     )
     assert shards.train.labels != tuple(sorted(shards.train.labels)), "shuffled, for readers that go from front to back"
-    assert {m.name.split(".")[-1] for m in module_members(tmp_path / "s" / "train-000000.tar")} == {"jpg", "png", "cls"}
-
-
-def module_members(tar: Path):  # type: ignore[no-untyped-def]
-    from fastffl.data.shards import members_of
-
-    return members_of(tar)
+    assert {m.name.split(".")[-1] for m in members_of(tmp_path / "s" / "train-000000.tar")} == {"jpg", "png", "cls"}
 
 
 def test_a_name_that_is_taken(tmp_path: Path) -> None:
     root = source(tmp_path / "a")
-    for name in ("0.x.png.jpg", "0.x.png_.jpg"):
+    for name in ("0.x.png.jpg", "0.x.png_.jpg", "0.x.jpg"):  # the last has the first one's key in a shard
         (root / "train" / "bee" / name).write_bytes(encoded(image=photograph(70, 70, len(name))))
     prepare(str(root), str(tmp_path / "f"), size=40, workers=2)
     prepare(str(root), str(tmp_path / "s"), size=40, shards=1, workers=1)
-    assert len(splits(str(tmp_path / "f")).train.files) == 29
+    assert len(splits(str(tmp_path / "f")).train.files) == 30
+    names = [m.name for m in members_of(tmp_path / "s" / "train-000000.tar")]
+    assert len(names) == 60 and len({split_name(n)[0] for n in names}) == 30
     assert pixels(splits(str(tmp_path / "f"))) == pixels(splits(str(tmp_path / "s")))
 
 
@@ -215,7 +211,7 @@ def test_odd_names_go_into_shards_and_come_out(tmp_path: Path) -> None:
     prepare(str(root), str(tmp_path / "s"), shards=1, workers=1)
     assert pixels(splits(str(tmp_path / "s"))) == pixels(splits(str(root)))
     for tar in (tmp_path / "s").glob("*.tar"):
-        assert all(m.name.isascii() and m.name.isprintable() and " " not in m.name for m in module_members(tar))
+        assert all(m.name.isascii() and m.name.isprintable() and " " not in m.name for m in members_of(tar))
     prepare(str(tmp_path / "s"), str(tmp_path / "f"), size=1000, workers=1)
     assert pixels(splits(str(tmp_path / "f"))) == pixels(splits(str(root)))
 

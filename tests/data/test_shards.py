@@ -321,6 +321,15 @@ def test_numbers_and_names_must_agree(tmp_path: Path) -> None:
         splits(str(tmp_path))
 
 
+def test_a_number_goes_before_a_name_that_only_looks_like_one_of_the_classes(tmp_path: Path) -> None:
+    """As `data prepare` packs the classes `a b` and `a%20b`."""
+    for part in ("train", "val"):
+        labelled(tmp_path / f"{part}-0.tar", ["0"], "a%20b/")
+        labelled(tmp_path / f"{part}-1.tar", ["1"], "a%2520b/")
+    (tmp_path / "classes.txt").write_text("a b\na%20b\n")
+    assert splits(str(tmp_path)).train.labels == (0, 1)
+
+
 def test_a_validation_set_with_a_class_too_many(tmp_path: Path) -> None:
     labelled(tmp_path / "train-0.tar", ["0", "1"])
     labelled(tmp_path / "val-0.tar", ["0", "1", "2"])
