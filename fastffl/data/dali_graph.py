@@ -66,7 +66,7 @@ def graph(whole: bool, changes: int, on_gpu: bool) -> Any:
     """Encoded bytes to (size, size, 3) uint8; not `whole`: to the window of the image that is wanted, as it is stored."""
     given = partial(fn.external_source, ndim=1)
     decode = partial(fn.decoders.image_slice, device="mixed", hw_decoder_load=HW_SHARE) if on_gpu else fn.decoders.image_slice
-    image = decode(
+    image: Any = decode(
         given(name="file", dtype=DALIDataType.UINT8, no_copy=True),
         given(name="corner", dtype=DALIDataType.INT32),
         given(name="extent", dtype=DALIDataType.INT32),
