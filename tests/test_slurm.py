@@ -4,10 +4,14 @@ srun, scontrol and torchrun are stand-ins on PATH that write down what they are 
 """
 
 import os
+import random
 import shlex
 import signal
+import socket
 import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ import pytest
 from fastffl.errors import UsageError
 from fastffl.slurm import Job, script
 
+ROOT = Path(__file__).resolve().parents[1]
 HOSTILE = (
     "it's",
     'a"b',
@@ -84,7 +89,7 @@ FAKES = {
     # runs the command in its own place, as a task of its own: a signal to it reaches the task
     "srun": 'printf "%s\\n" "$@" > "$SEEN/srun"\nwhile [ "$1" != bash ]; do shift; done\nexec "$@"\n',
     "scontrol": (
-        'echo "$@" >> "$SEEN/scontrol"\n[ "$1" = hostnames ] || [ "$2" != hostnames ] || printf "node7\\nnode8\\n"\n'
+        'echo "$@" >> "$SEEN/scontrol"\n[ "$1" = hostnames ] || [ "$2" != hostnames ] || printf "$HOSTS"\n'
         '[ "$2" != job ] || echo "   JobState=$STATE Reason=None"\n'
     ),
     # as torchrun: told to stop it stops its processes, waits for them and ends with 1
@@ -107,7 +112,12 @@ class Life:
         for name, body in FAKES.items():
             (fakes / name).write_text(f"#!/bin/bash\n{body}")
             (fakes / name).chmod(0o755)
-        slurm = {"SLURM_JOB_ID": "31415", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_CPUS_PER_TASK": "64"}
+        slurm = {
+            "HOSTS": "node7\\nnode8\\n",
+            "SLURM_JOB_ID": "31415",
+            "SLURM_JOB_NODELIST": "node[7-8]",
+            "SLURM_CPUS_PER_TASK": "64",
+        }
         env = {
             **os.environ,
             **slurm,
@@ -253,3 +263,37 @@ def test_wrong_words(words: str, said: str) -> None:
 
     got = command(*words.split())
     assert got.code == 2 and said in got.err and got.out == "" and len(got.err.splitlines()) == 1
+
+
+# ---- with torch's own torchrun ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_requeued_job_trains_on_where_it_was(tmp_path: Path) -> None:
+    """Two ranks under the real torchrun: told to stop in an epoch they save, in the job's next life they finish it."""
+    words = ["digits", "--model", "resnet8,resnet8", "--epochs", "4", "--device", "cpu"]
+    words += ["--set", "run.threads=1", "--set", "run.memory_format=contiguous"]
+    text = script(Job("digits", 2, requeue=True), words, path=str(Path(sys.executable).parent))
+    with socket.socket() as free:  # two runs of this test must not meet at one port
+        while not 20000 <= (port := free.getsockname()[1]) < 40000:
+            with suppress(OSError):
+                free.bind(("127.0.0.1", random.randrange(20000, 40000)))
+    job = f"{port - 20000}"
+    more = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "HOSTS": "127.0.0.1\\n", "SLURM_JOB_ID": job}
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    life, run = Life(first, text, **more), first / "runs" / f"digits-{job}"
+    end = time.monotonic() + 120
+    while not (run / "rows.jsonl").exists():
+        assert time.monotonic() < end and life.process.poll() is None, life.process.communicate()
+        time.sleep(0.05)
+    life.process.send_signal(signal.SIGTERM)
+    out, err = life.process.communicate(timeout=120)
+    assert life.process.returncode == 143 and "SIGTERM: saved at" in err and f"requeue {job}" in life.asked(), err
+    assert f"to go on from runs/digits-{job}" in out
+    (second / "runs").mkdir()
+    run.rename(second / "runs" / f"digits-{job}")
+    again = Life(second, text, SLURM_RESTART_COUNT="1", **more)
+    out, err = again.process.communicate(timeout=240)
+    assert again.process.returncode == 0 and "resumed at" in err + out and "4 epochs" in out, err
