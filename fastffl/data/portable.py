@@ -1,12 +1,15 @@
 """portable: image files decoded by Pillow and cut, resized and changed by torchvision v2, in worker processes. The reference.
 
-A whole batch is one worker's work, so its pixels cross to this process once. Resizing is torchvision's for uint8 tensors: on
+A whole batch is one worker's work, written into memory that all processes share from the start. Handing over memory batch by
+batch, as a DataLoader does with tensors, blocks for ever where the worker that should hand over is stopped (seen one time in
+ten). Resizing is torchvision's for uint8 tensors: on
 the window of 120 ImageNet photographs it took 0.34 ms an image where Pillow's own took 0.65, and they differ by at most 1.
 
 Decoding stays on the CPU where there is CUDA too. torchvision's nvJPEG decoder takes a list of JPEGs and nothing else, other
 pixels come out than of Pillow, and one bad file raises for the whole list without saying which; for the GPU there is DALI.
 """
 
+import math
 import multiprocessing
 import os
 import signal
@@ -37,6 +40,7 @@ MAX_PIXELS = 100_000_000  # decoded that is 300 MB
 PAUSES = (0.1, 0.5, 2.0)  # seconds before files are read again that could not be
 FOR_GOOD = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 POLL = 2.0  # seconds between two looks at whether the workers live
+AHEAD = 2  # batches that every worker works ahead
 STALL = 120.0  # seconds without a batch after which the workers are taken to hang
 
 
@@ -137,39 +141,62 @@ def one(manifest: Manifest, job: Job, k: int) -> tuple[Tensor | None, str]:
     return seen(fetch(manifest, job.ids[k : k + 1])[0], job, k)
 
 
-def whole(manifest: Manifest, job: Job, note: Callable[[int], None] = lambda id: None) -> tuple[Tensor, dict[int, str]]:
-    """A job's pixels, (B, size, size, 3) uint8, and the places in it of the images that can't be read, with the reason."""
-    pixels = torch.zeros(len(job.ids), job.view.size, job.view.size, 3, dtype=torch.uint8)
+def whole(
+    manifest: Manifest, job: Job, pixels: Tensor | None = None, note: Callable[[int], None] = lambda id: None
+) -> tuple[Tensor, dict[int, str]]:
+    """A job's pixels, (B, size, size, 3) uint8, and the places in it of the images that can't be read, with the reason.
+
+    `pixels` is where to write them; None: new memory.
+    """
+    if pixels is None:
+        pixels = torch.empty(_shape(job), dtype=torch.uint8)
     bad = {}
     for k, data in enumerate(fetch(manifest, job.ids, note)):
         note(job.ids[k])
         x, reason = seen(data, job, k)
         if x is None:
             bad[k] = reason
+            pixels[k] = 0
         else:
             pixels[k] = x.permute(1, 2, 0)
     return pixels, bad
 
 
-class _Jobs(Dataset[tuple[Tensor, dict[int, str]]]):
-    """The jobs of one iterator, and what every worker is at: (workers, 2) int64 in shared memory, its process and an image."""
+def _shape(job: Job) -> tuple[int, int, int, int]:
+    return len(job.ids), job.view.size, job.view.size, 3
 
-    def __init__(self, manifest: Manifest, jobs: Sequence[Job], at: Tensor):
-        self.manifest, self.jobs, self.at = manifest, jobs, at
+
+class _Jobs(Dataset[dict[int, str]]):
+    """The jobs of one iterator; item k writes the pixels of job k to `slot(k)` and gives what is bad of it.
+
+    at   (workers, 2) int64 in shared memory: every worker's process, and the image it is at
+    """
+
+    def __init__(self, manifest: Manifest, jobs: Sequence[Job], workers: int):
+        self.manifest, self.jobs = manifest, jobs
+        self.at = torch.full((workers, 2), -1).share_memory_()
+        # a DataLoader asks for batch k + AHEAD x workers once it has batch k, so one slot more is never written while it is read
+        room = max(math.prod(_shape(job)) for job in jobs)
+        self._slots = torch.empty(min(len(jobs), AHEAD * workers + 1), room, dtype=torch.uint8).share_memory_()
+
+    def slot(self, k: int) -> Tensor:
+        """The pixels of job k, (B, size, size, 3) uint8, until batch k + 1 is asked for."""
+        shape = _shape(self.jobs[k])
+        return self._slots[k % len(self._slots), : math.prod(shape)].view(shape)
 
     def __len__(self) -> int:
         return len(self.jobs)
 
-    def __getitem__(self, k: int) -> tuple[Tensor, dict[int, str]]:
+    def __getitem__(self, k: int) -> dict[int, str]:
         worker = get_worker_info()
         assert worker is not None
 
         def note(id: int) -> None:
             self.at[worker.id, 1] = id
 
-        made = whole(self.manifest, self.jobs[k], note)
+        _, bad = whole(self.manifest, self.jobs[k], self.slot(k), note)
         note(-1)
-        return made
+        return bad
 
 
 def _begin(worker: int, at: Tensor) -> None:
@@ -197,20 +224,24 @@ class Portable:
         """Nothing is kept from one iterator to the next."""
 
     def decode(self, jobs: Sequence[Job]) -> Iterator[Decoded]:
-        cuda = self._place.device.type == "cuda"
-        made = self._by_workers(jobs, cuda) if self._workers and jobs else (whole(self.manifest, job) for job in jobs)
-        for x, bad in made:
-            yield Decoded(x.to(self._place.device, non_blocking=cuda).permute(0, 3, 1, 2), bad)
+        device = self._place.device
+        for x, bad in self._by_workers(jobs) if self._workers and jobs else (whole(self.manifest, job) for job in jobs):
+            if device.type == "cuda":
+                x = torch.empty_like(x, pin_memory=True).copy_(x).to(device, non_blocking=True)
+            elif self._workers:
+                x = x.clone()
+            yield Decoded(x.permute(0, 3, 1, 2), bad)
 
-    def _by_workers(self, jobs: Sequence[Job], pin: bool) -> Iterator[tuple[Tensor, dict[int, str]]]:
+    def _by_workers(self, jobs: Sequence[Job]) -> Iterator[tuple[Tensor, dict[int, str]]]:
         workers = min(self._workers, len(jobs))
-        at = torch.full((workers, 2), -1).share_memory_()
+        dataset = _Jobs(self.manifest, jobs, workers)
+        at = dataset.at
         loader = DataLoader(
-            _Jobs(self.manifest, jobs, at),
+            dataset,
             batch_size=None,
             num_workers=workers,
+            prefetch_factor=AHEAD,
             collate_fn=_as_it_is,
-            pin_memory=pin,
             timeout=POLL,
             worker_init_fn=partial(_begin, at=at),
             generator=torch.Generator(),  # its own: making an iterator must not draw from the run's random numbers
@@ -219,15 +250,15 @@ class Portable:
         batches = iter(loader)
         if threading.current_thread() is threading.main_thread() and before is not None:
             signal.signal(signal.SIGCHLD, before)  # torch's raises wherever the trainer is when a worker dies; we look every POLL
-        waited = 0.0
+        waited, k = 0.0, 0
         try:
             while True:
                 try:
-                    made = next(batches)
+                    bad = next(batches)
                 except StopIteration:
                     return
-                except (RuntimeError, OSError, EOFError) as error:
-                    text = (str(error) or type(error).__name__).splitlines()[0]
+                except RuntimeError as error:
+                    text = str(error).splitlines()[0]
                     if text.startswith("DataLoader timed out"):
                         waited += POLL
                         if waited < STALL:
@@ -236,14 +267,14 @@ class Portable:
                             f"no batch of images came for {STALL:g} seconds; being read: {self._being_read(at)}; see whether "
                             "its disk answers"
                         ) from None
-                    if isinstance(error, RuntimeError) and not text.startswith("DataLoader worker"):
+                    if not text.startswith("DataLoader worker"):
                         raise
-                    raise DataError(  # an OSError or EOFError: it died between giving a batch and handing over its memory
+                    raise DataError(
                         f"a process that decodes images died ({text}); being read: {self._being_read(at)}; if memory ran out, "
                         "use --set data.workers=0"
                     ) from None
-                waited = 0.0
-                yield made
+                yield dataset.slot(k), bad
+                waited, k = 0.0, k + 1
         finally:
             self._end(at, stuck=waited >= STALL)
             del batches  # ends the workers

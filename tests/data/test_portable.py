@@ -136,13 +136,23 @@ def test_batches_of_any_size_and_side_in_order(tmp_path: Path) -> None:
     for workers in (0, 1, 2):
         decoder = Portable(manifest, Place(), workers)
         for _ in range(2):
-            got = list(decoder.decode(asked))
+            got = list(decoder.decode(asked))  # kept: what came before is not written over
             assert len(got) == len(want) and all(torch.equal(g.x, w) and not g.bad for g, w in zip(got, want, strict=True))
         assert not list(decoder.decode([]))
         decoder.close()
 
 
 # ---- worker processes
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_shared_memory_is_not_written_while_it_is_read(tmp_path: Path, workers: int) -> None:
+    """However slow the reader is: workers go as far ahead as they may, and leave alone what it looks at."""
+    manifest = scan(folder(tmp_path, {"a": 12, "b": 12}))
+    asked = jobs(24, 2)
+    for k, (x, _) in enumerate(Portable(manifest, Place(), workers)._by_workers(asked)):
+        time.sleep(0.05)
+        assert torch.equal(x, whole(manifest, asked[k])[0])
 
 
 def started(manifest: Manifest, asked: list[Job], workers: int = 2) -> tuple[object, list[int]]:
