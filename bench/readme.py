@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fastffl.bench import cases
+from fastffl.bench import data as loaders
 from fastffl.bench import kernels as benched
 from fastffl.bench.goals import Measured, Row, goal_table
 from fastffl.bench.timing import ROOT, read
@@ -101,6 +102,26 @@ def memory(path: Path) -> str:
     return "\n".join(lines) + f"\n\nMedians of {last['n']} processes each, {facts} (`{path.relative_to(ROOT)}`).\n"
 
 
+def cpu_data(path: Path) -> str:
+    """The newest row of each loader, step and both together on a CPU."""
+    newest = {(r["case"], r["variant"]): r for r in read(path) if r["ms"] is not None}
+    lines = [
+        "| case | variant | ms a batch | p20 to p80 | img/s | busy cores | time, its first = 1 |",
+        "| --- | --- |" + " ---: |" * 5,
+    ]
+    for (case, variant), r in newest.items():
+        cells = f"{r['ms']:.1f} | {r['p20']:.1f} to {r['p80']:.1f} | {r['img_s']:,.0f} | {r['cpu_cores']:.1f} | {r['ratio']:.2f}"
+        lines.append(f"| {case} | {variant} | {cells} |")
+    last = next(reversed(newest.values()))
+    facts = "{device}, torch {torch}, torchvision {torchvision}, DALI {dali}, commit {commit}".format(**last)
+    return "\n".join(lines) + f"\n\nMedians of interleaved turns, {facts} (`{path.relative_to(ROOT)}`).\n"
+
+
+def gpu_data(path: Path) -> str:
+    rows = read(path) if path.is_file() else []
+    return goals(loaders.goals(rows), [row for row in rows if row.get("state") == "ok"], path)
+
+
 def made(text: str) -> str:
     """The README with its tables as the committed rows have them."""
     rows = ROOT / "bench" / "results" / "cpu"
@@ -108,6 +129,7 @@ def made(text: str) -> str:
     text = between(text, "memory", memory(rows / "memory.jsonl"))
     gpu = ROOT / "bench" / "results" / "h200"
     text = between(between(text, "step", step(gpu / "step.jsonl")), "step-cpu", cpu_step(rows / "step.jsonl"))
+    text = between(between(text, "data-cpu", cpu_data(rows / "data.jsonl")), "data", gpu_data(gpu / "data.jsonl"))
     return between(text, "kernels", kernels(gpu / "kernels.jsonl"))
 
 
