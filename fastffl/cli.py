@@ -155,6 +155,8 @@ def _introduce(recipe: "Recipe", images: Any, learner: Any, where: str, ranks: i
         f"data   {images.name}: {images.samples('train'):,} train, {images.samples('val'):,} val, {images.channels} x "
         f"{images.size} x {images.size}, {len(images.classes)} classes ({names})"
     )
+    if left := getattr(images, "excluded", 0):
+        line(f"       {left:,} image{'s are' if left > 1 else ' is'} left out, which `fastffl data check` found unusable")
     accum, batch = recipe.optim.accum, recipe.data.batch_size
     step = f"batch {batch} = {ranks} rank{'s' * (ranks > 1)} x {batch // ranks // accum} x accum {accum}"
     uneven = f" (and {batch % (ranks * accum)} more on some)" if batch % (ranks * accum) else ""

@@ -241,6 +241,8 @@ FREE = {
     "run.watch",
     "data.root",
     "data.workers",
+    "data.checked",
+    "data.max_bad",
 }
 
 

@@ -70,6 +70,7 @@ class Folder:
 
     def __init__(self, cfg: Data, place: Place):
         self._manifests, has_val = opened(cfg)
+        self.excluded = sum(m.excluded for m in self._manifests.values())  # left out, as a check found them unusable
         train = self._manifests["train"]
         self.name: str = cfg.name
         self.classes, self.channels = train.classes, 3

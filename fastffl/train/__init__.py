@@ -128,6 +128,7 @@ def _fit(
         return result
     finally:
         plain_norms(learner)
+        getattr(data, "close", lambda: None)()  # decoders keep processes, threads and buffers; they are made anew when asked
         run.close()
 
 

@@ -101,6 +101,7 @@ class Trainer:
             "best": {v: dict(b) for v, b in self.best.items()},
             "recipe": self.recipe.json_text(),
             "classes": list(self.data.classes),
+            "samples": self.samples,
             "shape": [self.data.channels, self.data.size],
             "normal": [list(self.data.mean), list(self.data.std)],
             "time": {"seconds": self.seconds, "wait": self.wait, "images": self.images},

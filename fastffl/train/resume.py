@@ -38,6 +38,13 @@ def check(state: dict[str, Any], recipe: Recipe, data: Source, run: Path) -> Non
             "data it was trained on"
         )
 
+    have = data.samples("train")
+    if (had := state.get("samples", have)) != have:
+        raise CheckpointError(
+            f"{run} was trained on {had:,} images and there are {have:,} now, so its place in the epoch means other ones; give "
+            "the data it was trained on, or begin anew with another --out"
+        )
+
 
 def own(step: Step, ranks: Ranks) -> dict[str, Any]:
     """Random numbers and, where there are several, every rank's running statistics: these differ within an epoch."""

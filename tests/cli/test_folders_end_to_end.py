@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -108,6 +109,21 @@ def test_shards_hold_the_folder_they_were_packed_from(call: Callable[..., object
             other = scores[1]["results"][vote]
             assert (score["top1"], score["top5"], score["samples"]) == (other["top1"], other["top5"], other["samples"])
             assert score["nll"] == pytest.approx(other["nll"], rel=1e-3)  # bf16, other batches
+
+
+def test_what_a_check_found_is_left_out(call: Callable[..., object], pictures: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(pictures, root)
+    bad = next((root / "train").rglob("*.*"))
+    bad.write_bytes(bad.read_bytes()[:700])
+    answer = call("train", "--amp", "imagenette", "--data", str(root), "--epochs", "1", *WORDS[:-1], "--set", "data.size=64")
+    log = next(Path("runs").glob("*/log.txt")).read_text()
+    assert answer.code == 0 and f"{bad} can't be decoded" in log  # type: ignore[attr-defined]
+    assert call("data", "check", str(root)).code == 1  # type: ignore[attr-defined]
+    assert bad.name in (root / ".fastffl" / "exclude.txt").read_text()
+    again = call("train", "--amp", "imagenette", "--data", str(root), "--epochs", "1", *WORDS[:-1], "--set", "data.size=64")
+    assert again.code == 0 and "1 image is left out" in again.out  # type: ignore[attr-defined]
+    assert "can't be decoded" not in again.out + again.err  # type: ignore[attr-defined]
 
 
 def test_two_ranks_read_every_image_once_and_train_on(pictures: Path, tmp_path: Path) -> None:

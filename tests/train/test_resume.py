@@ -181,7 +181,7 @@ def test_a_streak_of_bad_steps_goes_on_after_resume(tmp_path: Path) -> None:
 
 def test_the_digest_is_of_every_part_that_is_trained(cut_run: tuple[Path, str]) -> None:
     state = tiny.stored(cut_run[0])
-    assert set(TRAINED) - {"ranks"} == set(state) - {"recipe", "classes", "shape", "normal", "time"}
+    assert set(TRAINED) - {"ranks"} == set(state) - {"recipe", "classes", "samples", "shape", "normal", "time"}
     assert set(state["optimizer"]) == {"state", "param_groups"} and state["scaler"] and state["average"]
 
 
@@ -273,6 +273,8 @@ def test_resume_refuses_other_classes_and_another_learner(tmp_path: Path) -> Non
     tiny.train(tmp_path, tiny.recipe(run__max_steps=2))
     with pytest.raises(CheckpointError, match="other classes"):
         tiny.train(tmp_path, data=tiny.data(names=("a", "c", "b")))
+    with pytest.raises(CheckpointError, match="trained on 44 images and there are 43 now"):
+        tiny.train(tmp_path, data=tiny.data(samples=43))
     with pytest.raises(CheckpointError, match="does not hold this learner's state"):
         tiny.train(tmp_path, learner=tiny.learner(width=7))
 
