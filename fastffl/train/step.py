@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from fastffl_kernels import GuardState, Verdict, guard
 from fastffl_kernels.sgd_flat import FlatParameters, FlatSGD
 
-from ..errors import NumericsError
+from ..errors import NumericsError, UsageError
 from ..nets.fused_norm import fuse_norms, unfuse_norms
 from ..recipe import Recipe
 from ..values import UNLABELLED, Batch
@@ -152,6 +152,7 @@ class Step:
         self.meters = Meters(learner, device)
         self.w, self.one = torch.ones((), device=device), torch.ones((), device=device)
         self.lr = torch.full((), recipe.optim.lr, device=device)
+        self._checked = False
         self.forward = self.ranks.wrapped(learner, self.accum)
         self.finite = torch.ones((), dtype=torch.bool, device=device)  # this rank's own loss in the last step
         self.names = (*learner.graph.terms, "gradient")
@@ -231,7 +232,22 @@ class Step:
             part = [*(m * share for m in means), top1, rows]
             sums = part if sums is None else [a + b for a, b in zip(sums, part, strict=True)]
         assert sums is not None
-        return sums if self.ranks.alone else self._summed(sums)
+        if self.ranks.alone:
+            return sums
+        self._complete()
+        return self._summed(sums)
+
+    def _complete(self) -> None:
+        """UsageError, after the first step of several ranks and parts, where DDP would fail in the second one."""
+        if self._checked or self.accum == 1:
+            return
+        self._checked = True
+        lacking = [n for n, p in self.learner.named_parameters() if p.requires_grad and p.grad is None]
+        if lacking:
+            raise UsageError(
+                f"{len(lacking)} parameters have no gradient, {lacking[0]} the first; several ranks with optim.accum > 1 "
+                "need one for all: use optim.accum=1, or freeze them (requires_grad_(False))"
+            )
 
     def _summed(self, mine: list[Tensor]) -> list[Tensor]:
         """Sums over the ranks, by one reduction; counts are exact in fp64."""

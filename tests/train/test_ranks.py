@@ -70,6 +70,16 @@ def test_ranks_as_one_process_in_other_settings(how: str, tmp_path: Path) -> Non
     assert largest_difference(a, b) < {"amp": 3e-2, "adamw": 3e-4}.get(how, 2e-6)
 
 
+def test_parameters_without_a_gradient(tmp_path: Path) -> None:
+    """A part that no image reaches: of no matter, but for several ranks and parts, where it is named."""
+    idle = {**NORMLESS, "idle": True}
+    made = rankrun.run(tmp_path / "2", 2, learner=idle).result()
+    assert largest_difference(made, rankrun.run(tmp_path / "1", 1, learner=idle).result()) < 2e-6
+    ended = rankrun.run(tmp_path / "accum", 2, learner=idle, recipe={"optim__accum": 2})
+    assert ended.codes == [2, 2]
+    assert "4 parameters have no gradient, cohort.p0.plain.idle.weight the first; several ranks" in ended.errors[0]
+
+
 def test_batch_norm_over_all_ranks_is_that_of_one_process(tmp_path: Path) -> None:
     a = rankrun.run(tmp_path / "1", 1, learner={"drop": 0.0}, samples=47).result()
     b = rankrun.run(tmp_path / "3", 3, learner={"drop": 0.0}, samples=47, recipe={"run__sync_bn": True}).result()
