@@ -96,6 +96,9 @@ def test_running_statistics_are_averaged_once_per_epoch(tmp_path: Path) -> None:
     ended = rankrun.run(tmp_path, 2, learner={"drop": 0.0})
     a, b = weights(ended.result(0)), weights(ended.result(1))
     assert all(torch.equal(a[k], b[k]) for k in a)
+    one = weights(rankrun.run(tmp_path / "one", 1, learner={"drop": 0.0}).result())
+    k = "cohort.p0.plain.norm.running_var"
+    assert torch.all((a[k] / one[k] - 1).abs() < 0.3), "about those of one process: a mean, not a sum"
 
 
 @pytest.mark.parametrize("size", [2])
@@ -105,6 +108,9 @@ def test_stopped_and_resumed_in_an_epoch_ends_in_the_same_digest(size: int, tmp_
     ended = rankrun.run(tmp_path / "cut", size, fault={"rank": 1, "at": 8, "kind": "term"})
     assert ended.codes == [143] * size, ended.errors
     assert all("SIGTERM: saved at epoch 2, step" in e for e in ended.errors)
+    own = tiny.stored(tmp_path / "cut" / "run")["ranks"]
+    assert not torch.equal(own[0]["rng"]["torch"], own[1]["rng"]["torch"]), "dropout must not be the same on all ranks"
+    assert not torch.equal(own[0]["buffers"][0], own[1]["buffers"][0]), "within an epoch statistics are a rank's own"
     again = rankrun.run(tmp_path / "cut", size).result()
     assert again["digest"] == whole["digest"]
 
