@@ -46,9 +46,9 @@ def test_ranks_train_as_one_process(size: int, single: dict[str, Any], tmp_path:
 
 
 def test_a_batch_smaller_than_the_ranks_still_weighs_right(tmp_path: Path) -> None:
-    """41 samples in batches of 8: the last batch is one sample, which two of three ranks do not have."""
-    one = rankrun.run(tmp_path / "1", 1, learner=NORMLESS, samples=41).result()
-    three = rankrun.run(tmp_path / "3", 3, learner=NORMLESS, samples=41).result()
+    """42 samples in batches of 8: the last batch is two samples, of which one of three ranks has none."""
+    one = rankrun.run(tmp_path / "1", 1, learner=NORMLESS, samples=42).result()
+    three = rankrun.run(tmp_path / "3", 3, learner=NORMLESS, samples=42).result()
     assert largest_difference(one, three) < 2e-6
 
 
