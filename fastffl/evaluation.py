@@ -66,7 +66,7 @@ def evaluate(
     add = add or scorer.add
     device = scorer.nll.device
     scorer.clear()
-    seen = 0
+    seen, failed = 0, None
     was = learner.training
     learner.eval()
     try:
@@ -76,11 +76,15 @@ def evaluate(
             x, y = batch.x.to(device), batch.y.to(device)
             seen += len(y)
             add(x, y)
+    except DataError as error:
+        failed = error  # raised where all ranks are again: they wait for this one's sums
     finally:
         learner.train(was)
     for total in (scorer.counts, scorer.nll):
         reduce(total)
     seen = int(reduce(torch.tensor(seen)))
+    if failed:
+        raise failed
     if seen != data.samples(split):
         raise DataError(f"{data.name} {split} gave {seen} of {data.samples(split)} samples; refusing to report accuracy")
     return scorer.read(seen)

@@ -169,8 +169,8 @@ class Trainer:
                 while self.epoch < self.recipe.sched.epochs and not (self._enough() and self.batch < self.steps):
                     skipped = self._epoch(stop)
         except DataError:
-            # a damaged image must not cost the steps before it; several ranks can't save what one of them does not reach
-            if self.ranks.alone and self.position != self.saved_at:
+            # a damaged image must not cost the steps before it. In evaluation all ranks meet the error; in training one does
+            if (self.ranks.alone or self.batch == self.steps) and self.position != self.saved_at:
                 self.save(self.run.last)
             raise
         finally:

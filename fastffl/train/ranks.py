@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..errors import FastFFLError, RankError, UsageError, printable
 from ..recipe import FREE, Recipe, fields
+from ..streams import apart
 from .watch import Watch
 
 TIMEOUT = timedelta(minutes=30)  # of a collective; a dead rank is the Watch's business, and a slow disk is no death
@@ -142,7 +143,8 @@ class Ranks:
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         # a static graph knows no pass that does not reduce (torch 2.11 to 2.15 raise an error in its first step)
         options: dict[str, Any] = {"static_graph": parts == 1, "gradient_as_bucket_view": True, buffers: False}
-        return kind(learner, **options)
+        with apart(next(learner.parameters()).device):  # gradients are accumulated on the stream that DDP is made on
+            return kind(learner, **options)
 
     # ---- checks
 

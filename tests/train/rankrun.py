@@ -42,10 +42,16 @@ class Faulty:
                 batch = self._harm(batch, epoch * tiny.STEPS + k == self._at)
             yield batch
 
+    def evaluate(self, split: str, batch_size: int) -> Any:
+        for batch in self._source.evaluate(split, batch_size):
+            if self._kind == "bad val":
+                raise DataError("c2/03.JPEG can't be decoded")
+            yield batch
+
     def _harm(self, batch: Any, first: bool) -> Any:
         if self._kind == "nan" or (self._kind == "one nan" and first):  # from here on
             batch.x[0, 0, 1, 1] = float("nan")
-        elif not first:
+        elif not first or self._kind == "bad val":
             pass
         elif self._kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)

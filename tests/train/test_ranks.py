@@ -155,6 +155,15 @@ def test_the_rank_at_fault_is_named(kind: str, rank: int, said: str, tmp_path: P
     assert last["position"]["step"] == tiny.STEPS, "the checkpoint of the first epoch stands"
 
 
+def test_an_image_that_can_not_be_scored_costs_no_step(tmp_path: Path) -> None:
+    """All ranks are told, and save the epoch they trained."""
+    ended = rankrun.run(tmp_path, 2, fault={"rank": 1, "at": 0, "kind": "bad val"})
+    assert ended.codes == [2, 2]
+    assert "gave 10 of 20 samples; refusing to report accuracy" in ended.errors[0]
+    assert "c2/03.JPEG can't be decoded" in ended.errors[1]
+    assert tiny.stored(tmp_path / "run")["position"]["step"] == tiny.STEPS
+
+
 def test_a_rank_that_lives_but_stands_still_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = rankrun.run(tmp_path, 2, target=impatient, fault={"rank": 1, "at": 8, "kind": "stuck"})
     assert ended.seconds < 2 * END
