@@ -111,7 +111,7 @@ def one(rank: int, size: int, port: int, folder: str, options: dict[str, Any]) -
 
 
 _nursery = multiprocessing.get_context("forkserver")
-_nursery.set_forkserver_preload([__name__])
+_nursery.set_forkserver_preload([__name__, "timm", "fastffl.cli", "fastffl.data.folder"])
 
 
 def free_port() -> int:

@@ -173,7 +173,7 @@ def test_a_rank_that_lives_but_stands_still_is_named(tmp_path: Path, monkeypatch
 def impatient(*args: Any) -> None:
     from fastffl.train import watch
 
-    watch.STUCK = 3
+    watch.STUCK = 2
     rankrun.one(*args)
 
 
