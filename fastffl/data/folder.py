@@ -80,6 +80,8 @@ class Folder:
             raise DataError(f"data.mean and data.std have {len(self.mean)} and {len(self.std)} values for 3 channels")
         if cfg.val_fraction and has_val:
             raise DataError(f"data.val_fraction {cfg.val_fraction:g}: {cfg.root} has a val folder of its own; leave it at 0")
+        if cfg.start_size is not None and not cfg.grow_epochs:
+            raise DataError(f"data.start_size {cfg.start_size} needs the epochs in which images grow: --set data.grow_epochs=N")
         if cfg.start_size is not None and cfg.start_size > self.size:
             raise DataError(f"data.start_size {cfg.start_size} is above the size {self.size} that it should grow to")
         self.cfg, self.place = cfg, place

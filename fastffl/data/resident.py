@@ -84,6 +84,10 @@ class Resident:
         pad_mode = cfg.pad_mode or arrays.pad_mode
         if pad_mode == "reflect" and self.pad >= self.size:
             raise DataError(f"data.pad {self.pad} can't reflect images of {self.size} pixels; use --set data.pad_mode=zero")
+        if "synthetic" not in (cfg.loader, cfg.name):
+            for key, value in (("rand_augment", cfg.rand_augment), ("start_size", cfg.start_size)):
+                if value:
+                    raise DataError(f"data.{key} {value} is for image files, and {self.name} lies in memory; leave it out")
         if cfg.size not in (None, self.size):
             raise DataError(f"data.size {cfg.size}: {self.name} images are {self.size} pixels; leave data.size out")
         self.mean, self.std = cfg.mean or arrays.mean, cfg.std or arrays.std

@@ -70,5 +70,5 @@ def imagenette() -> Recipe:
         nets=Nets(names=("resnet18", "resnet18")),
         method=FFL.Config(),
         optim=Optim(lr=0.05, lr_batch=64, weight_decay=1e-4, decay_norm_bias=False, clip=5.0),
-        sched=Sched(name="cosine", epochs=40, warmup_epochs=2),
+        sched=Sched(name="cosine", epochs=40, warmup_epochs=1),
     )

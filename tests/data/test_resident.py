@@ -357,3 +357,11 @@ def test_settings_that_do_not_fit_are_refused() -> None:
     data = Resident(made(), Data(name="custom"), Place())
     with pytest.raises(DataError, match="expected train, val, test"):
         data.samples("valid")
+
+
+@pytest.mark.parametrize("key", ["rand_augment", "start_size"])
+def test_what_is_for_image_files_is_refused(key: str) -> None:
+    """It would be ignored without a word; synthetic images stand for files and may ignore it."""
+    with pytest.raises(DataError, match=f"data.{key} 6 is for image files, and digits lies in memory"):
+        source("digits", **{key: 6})
+    assert source("imagenette", loader="synthetic", size=16, samples=16, **{key: 6}).size == 16
