@@ -5,13 +5,14 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing.connection import Connection, wait
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from ..errors import DataError
 
@@ -44,11 +45,17 @@ def cores() -> int:
 
 def _serve(work: Callable[[int], R], pipe: Connection, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells us when to end
+    # a killed parent leaves its ends of the pipes open in our siblings: neither waiting for work nor sending would ever end
+    threading.Thread(target=_outlive, args=(parent,), daemon=True).start()
     while True:
-        while not pipe.poll(0.5):  # a killed parent leaves its end open in our siblings
-            if os.getppid() != parent:
-                return
         pipe.send([work(k) for k in pipe.recv()])
+
+
+def _outlive(parent: int) -> NoReturn:
+    """End this process with its parent."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def each(

@@ -261,10 +261,11 @@ def test_kill_9_in_the_middle_and_go_on(tmp_path: Path) -> None:
     assert not (out / "progress.jsonl").exists()
 
 
-def test_workers_of_a_killed_check_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("answer", ["None", "bytes(2**22)"], ids=["wait for work", "send more than a pipe holds"])
+def test_workers_of_a_killed_check_end(answer: str, tmp_path: Path) -> None:
     code = (
         "import os, time\nfrom fastffl.data.processes import each\n"
-        f"def work(k):\n    open({str(tmp_path)!r} + f'/{{os.getpid()}}', 'w').close(); time.sleep(0.05)\n"
+        f"def work(k):\n    open({str(tmp_path)!r} + f'/{{os.getpid()}}', 'w').close(); time.sleep(0.05)\n    return {answer}\n"
         "list(each(work, range(10**6), 2))"
     )
     child = subprocess.Popen([sys.executable, "-c", code])
