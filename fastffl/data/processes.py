@@ -63,14 +63,15 @@ def each(
 ) -> Iterator[tuple[int, R | Lost]]:
     """(k, work(k)) for every number, in forked processes; as they come, or `ordered`.
 
-    Whatever ends a process (a signal, an abort in a library) or hangs in it is met twice, the second time alone, before it is
-    Lost. DataError where processes die one after another, as they do without memory.
+    Whatever ends its process (a signal, an abort in a library) is met again alone, twice, before it is Lost; what hangs, once.
+    DataError where processes die one after another, as they do without memory.
     """
     fork = multiprocessing.get_context("fork")
     source, alone = iter(numbers), deque[int]()
     crew: list[_Worker] = []
     order: deque[int] = deque()  # handed out and not yet given, oldest first
     answers: dict[int, R | Lost] = {}
+    ended: set[int] = set()  # met alone, and their process ended
     deaths = 0
 
     def chunk() -> list[int]:
@@ -109,9 +110,13 @@ def each(
         if deaths > DEATHS:
             raise DataError(f"{deaths} processes died one after another ({how}); use fewer: --workers 1")
         first, *rest = worker.todo
-        alone.extend(k for given in (rest if len(first) == 1 else worker.todo) for k in given)
+        again = not hung and first[0] not in ended  # once may have been the machine's fault
+        ended.update(first if len(first) == 1 else ())
+        alone.extend(k for given in (worker.todo if again or len(first) > 1 else rest) for k in given)
+        if again or len(first) > 1:
+            return []
         why = f"no answer in {limit:g} s" if hung else f"it ends the process that decodes it ({how})"
-        return [(first[0], Lost(hung, why))] if len(first) == 1 else []
+        return [(first[0], Lost(hung, why))]
 
     def ready(some: Iterable[tuple[int, R | Lost]]) -> Iterator[tuple[int, R | Lost]]:
         if not ordered:
