@@ -20,15 +20,14 @@ import numpy as np
 import torch
 from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from ..errors import DataError
 from .dali_graph import amount, graph
 from .decoder import Decoded, Job
 from .headers import header
 from .manifest import Manifest
-from .portable import STALL, fetch, seen, why
-from .rand_augment import OPS, apply, source_of
+from .portable import STALL, fetch, seen, shown, why
+from .rand_augment import OPS, source_of
 from .source import Place
 from .views import Change, Training, View
 
@@ -188,7 +187,8 @@ class _Pipe:
             def shape(places: range) -> None:
                 for k in places:
                     if view := batch.samples[k].view:
-                        x[k] = shown(torch.from_numpy(np.asarray(made.at(k))), view, self._setting.magnitude)
+                        window = torch.from_numpy(np.asarray(made.at(k)))
+                        x[k] = shown(window, view, self._setting.magnitude).permute(1, 2, 0)
 
             parts = [self._setting.shaping.submit(partial(shape, part)) for part in _chunks(len(batch.samples))]
             wait(parts)  # all of them, before what they read goes
@@ -207,14 +207,6 @@ class _Pipe:
             self._pipe.release_outputs()
             self.running.popleft()
             self.sound = True
-
-
-def shown(window: Tensor, view: View, magnitude: int) -> Tensor:
-    """(size, size, 3) uint8: the window (height, width, 3) uint8 of an image as `view` shows it, by torchvision."""
-    x = F.resize(window.permute(2, 0, 1), [view.rows, view.columns], antialias=True)
-    x = x[:, view.down : view.down + view.size, view.right : view.right + view.size]
-    x = apply(x.flip(2) if view.flip else x, view.changes, magnitude)
-    return x.permute(1, 2, 0)
 
 
 class _Reading:

@@ -108,13 +108,11 @@ def fetch(manifest: Manifest, ids: Sequence[int], note: Callable[[int], None] = 
     return found
 
 
-def show(image: "Image", view: View, magnitude: int) -> Tensor:
-    """(3, size, size) uint8: what `view` shows of an image."""
+def shown(window: Tensor, view: View, magnitude: int) -> Tensor:
+    """(3, size, size) uint8: the window (height, width, 3) uint8 of an image as `view` shows it."""
     from torchvision.transforms.v2 import functional as F
 
-    box = (view.left, view.top, view.left + view.width, view.top + view.height)
-    x = torch.from_numpy(np.array(image.crop(box))).permute(2, 0, 1)
-    x = F.resize(x, [view.rows, view.columns], antialias=True)
+    x = F.resize(window.permute(2, 0, 1), [view.rows, view.columns], antialias=True)
     x = x[:, view.down : view.down + view.size, view.right : view.right + view.size]
     if view.flip:
         x = x.flip(2)
@@ -123,6 +121,12 @@ def show(image: "Image", view: View, magnitude: int) -> Tensor:
 
         x = apply(x, view.changes, magnitude)
     return x
+
+
+def show(image: "Image", view: View, magnitude: int) -> Tensor:
+    """(3, size, size) uint8: what `view` shows of an image."""
+    box = (view.left, view.top, view.left + view.width, view.top + view.height)
+    return shown(torch.from_numpy(np.array(image.crop(box))), view, magnitude)
 
 
 def seen(data: bytes | OSError, job: Job, k: int) -> tuple[Tensor | None, str]:

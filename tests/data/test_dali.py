@@ -515,7 +515,7 @@ def test_an_error_of_ours_waits_for_those_who_read_the_same_memory(monkeypatch: 
         slow.set()
         threading.Event().wait(0.02)
         done.append(window.shape[1])
-        return torch.zeros(view.size, view.size, 3, dtype=torch.uint8)
+        return torch.zeros(3, view.size, view.size, dtype=torch.uint8)
 
     decoder = to_decode(few)
     monkeypatch.setattr(dali, "shown", shown)
