@@ -25,6 +25,13 @@ from .guard import GuardState as GuardState
 from .guard import Verdict as Verdict
 from .guard import guard as guard
 from .guard import guard_reference as guard_reference
+from .nce import Classes as Classes
+from .nce import NceOut as NceOut
+from .nce import class_order as class_order
+from .nce import nce as nce
+from .nce import nce_reference as nce_reference
+from .nce import negatives as negatives
+from .nce import remember as remember
 from .sgd_flat import FlatParameters as FlatParameters
 from .sgd_flat import FlatSGD as FlatSGD
 from .sgd_flat import sgd_flat as sgd_flat

@@ -147,7 +147,7 @@ def wrong(case: Case, capability: int, r: Report) -> list[str]:
     return [f"{case.name} on sm_{capability}: {text}" for text in said]
 
 
-OPS = ("distill_graph", "fuse_conv", "bn_act", "augment", "guard", "sgd_flat")
+OPS = ("distill_graph", "fuse_conv", "bn_act", "augment", "guard", "sgd_flat", "nce")
 
 
 def cases(op: str) -> list[Case]:
@@ -157,12 +157,13 @@ def cases(op: str) -> list[Case]:
 
 
 def main() -> None:
-    """python _compile.py [OP ...]: a JSON line per case and capability, with what is wrong with it. No torch needed."""
+    """python _compile.py [--sm=90 ...] [OP ...]: a JSON line per case and capability, with what is wrong. No torch needed."""
     import triton
 
-    for op in sys.argv[1:] or OPS:
+    asked = tuple(int(word.removeprefix("--sm=")) for word in sys.argv[1:] if word.startswith("--sm="))
+    for op in [word for word in sys.argv[1:] if not word.startswith("--")] or OPS:
         for case in cases(op):
-            for capability in CAPABILITIES:
+            for capability in asked or CAPABILITIES:
                 r = report(case, capability)
                 row = {"op": op, "case": case.name, "sm": capability, "kind": case.kind, **r._asdict()}
                 print(json.dumps({**row, "wrong": wrong(case, capability, r), "triton": triton.__version__}), flush=True)

@@ -53,6 +53,6 @@ def uniform_bits(seed: int | Tensor, epoch: int | Tensor, ids: Tensor, stream: i
     return h ^ (h >> 16)
 
 
-def below(bits: Tensor, n: int) -> Tensor:
+def below(bits: Tensor, n: int | Tensor) -> Tensor:
     """(B,) int64 in [0, n) from 32 random bits (bias under n / 2^32)."""
     return (bits * n) >> 32

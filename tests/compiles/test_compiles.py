@@ -1,6 +1,7 @@
 """Every configuration the dispatch picks, compiled for GPUs that are not here: nothing spills, loads are wide, limits hold.
 
-The installed Triton in this process; the oldest supported one in the environment FASTFFL_TRITON_OLD (made by `make test`).
+The installed Triton in this process; the oldest supported one, for sm_90 alone, in the environment FASTFFL_TRITON_OLD (made by
+`make test`): all four took a minute more.
 """
 
 import json
@@ -27,7 +28,7 @@ def test_compiles_within_limits(op: str, case: _compile.Case, capability: int) -
 @cache
 def old(op: str) -> dict[tuple[str, int], list[str]]:
     script = ROOT / "kernels" / "fastffl_kernels" / "_compile.py"
-    run = subprocess.run([os.environ["FASTFFL_TRITON_OLD"], script, op], capture_output=True, text=True, check=False)
+    run = subprocess.run([os.environ["FASTFFL_TRITON_OLD"], script, "--sm=90", op], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     rows = [json.loads(line) for line in run.stdout.splitlines()]
     assert rows and all(r["triton"].startswith("3.6.") for r in rows)
@@ -38,5 +39,5 @@ def old(op: str) -> dict[tuple[str, int], list[str]]:
 @pytest.mark.parametrize("op", _compile.OPS)
 def test_the_oldest_triton_compiles_them_too(op: str) -> None:
     found = old(op)
-    assert len(found) == len(_compile.CAPABILITIES) * len(_compile.cases(op))
+    assert set(found) == {(case.name, 90) for case in _compile.cases(op)}
     assert not [text for said in found.values() for text in said]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 from fastffl_kernels import (
+    Classes,
     GraphEdge,
     GuardState,
     Norm,
@@ -21,6 +22,7 @@ from fastffl_kernels import (
     explain,
     fuse_conv,
     guard,
+    nce,
     sgd_flat,
     use,
 )
@@ -109,6 +111,18 @@ def sgd_flat_case() -> Call:
     return lambda: sgd_flat(p, g, m, groups=groups, lr=lr, decay=decay, momentum=0.9, **rest)  # type: ignore[arg-type]
 
 
+def nce_case() -> Call:
+    banks, v = new(4, 50_000, 128), new(4, 64, 128, learns=True)
+    rows, classes = new(64, dtype=I64), Classes(new(50_000, dtype=torch.int32), new(100, dtype=I64), new(100, dtype=I64))
+    counter, upstream = new(dtype=I64), new()
+
+    def call() -> None:
+        out = nce(banks, v, rows, rows, classes, counter, count=256, tau=0.1)
+        assert out.pairs.shape == (12,) and grad(out.loss, v, upstream)[0].shape == v.shape
+
+    return call
+
+
 TWO = {"stats": 1, "apply": 1, "backward_sums": 1, "backward_apply": 1}
 CASES: dict[str, tuple[Call, dict[str, int]]] = {
     **{
@@ -126,6 +140,7 @@ CASES: dict[str, tuple[Call, dict[str, int]]] = {
     "augment": (augment_case(), {"augment": 1}),
     "guard": (guard_case(), {"guard": 1}),
     "sgd_flat": (sgd_flat_case(), {"sgd_flat": 1}),
+    "nce": (nce_case(), {"nce": 4, "scale_": 1}),
 }
 
 
