@@ -54,8 +54,9 @@ class GraphLoss(nn.Module):
 
 
 def scores(graph: Graph, peers: Peers, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Logits of every vote, (B, C) in fp32, means formed."""
-    z = {n: v.float() for n, v in (*zip(graph.peers, peers.z, strict=True), *((n, made[n]) for n in graph.made))}
+    """Logits of every vote, (B, C) in fp32, means formed. Without labels a method need not make what is no vote."""
+    z = {n: v.float() for n, v in (*zip(graph.peers, peers.z, strict=True), *((n, made[n]) for n in graph.made if n in made))}
     for mean, members in graph.means.items():
-        z[mean] = torch.stack([z[m] for m in members]).mean(0)
+        if mean in graph.votes:
+            z[mean] = torch.stack([z[m] for m in members]).mean(0)
     return {n: z[n] for n in graph.scored}

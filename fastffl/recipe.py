@@ -86,6 +86,8 @@ class Nets(Section):
     """the peers, by name: this package's CIFAR nets or any timm model"""
     share_stem: bool | None = None
     """one stem for all peers; None: as the method has it, where the architectures are equal"""
+    private: int | None = Field(None, ge=1, le=64)
+    """last stages that each peer has of its own where the stem is shared; None: as the method has it, for most 1"""
     pretrained: bool = False
     """start timm models from their published weights"""
 
@@ -243,6 +245,7 @@ FREE = {
     "data.workers",
     "data.checked",
     "data.max_bad",
+    "method.teachers",
 }
 
 

@@ -102,14 +102,14 @@ class Branches:
     def __init__(self, streams: Streams):
         self.streams, self.on = streams, False
 
-    def run(self, jobs: Sequence[Callable[[], T]], given: Tensor, tensors: Callable[[T], Sequence[Tensor]]) -> list[T]:
+    def run(self, jobs: Sequence[Callable[[], T]], given: Sequence[Tensor], tensors: Callable[[T], Sequence[Tensor]]) -> list[T]:
         """[job() for job in jobs]. given: what all of them read; tensors: those in a job's result."""
         if not self.on or len(jobs) == 1:
             return [job() for job in jobs]
         here = self.streams.current()
         side = [self.streams.side(k) for k in range(1, len(jobs))]
         for stream in side:  # before the first job, or the others would wait for it
-            hand_over(here, stream, [given])
+            hand_over(here, stream, given)
         made = []
         for job, stream in zip(jobs, [None, *side], strict=True):
             with nullcontext() if stream is None else self.streams.use(stream):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 UNLABELLED = -100
 
@@ -35,8 +35,35 @@ class Peers(NamedTuple):
     """What the cohort says of a batch. Widths may differ between peers, logits never do."""
 
     z: tuple[Tensor, ...]  # K logits (B, C)
-    maps: tuple[Tensor, ...]  # K last feature maps (B, D_k, H_k, W_k), always NCHW; empty where no one asked
+    maps: tuple[Tensor, ...]  # K last feature maps (B, D_k, H_k, W_k), always NCHW
     stem: Tensor | None  # (B, D, H, W) output of the shared stem, None where the peers share nothing
+    taps: tuple[tuple[Tensor, ...], ...] = ()  # per peer: what each stage of its own gave, the last map included; where asked
+    teacher: "Peers | None" = None  # of the averaged or frozen cohort, without gradients; where asked
+
+
+class Needs(NamedTuple):
+    """What a method asks of the cohort and of the batches."""
+
+    views: int = 1  # augmentations of every image: peer k sees view k; 1 or as many as there are peers
+    joint: bool = False  # a shared stem normalises all views together, not each by its own statistics
+    private: int = 1  # last stages each peer has of its own where the stem is shared
+    tree: tuple[int, ...] | None = None  # with two private stages: the peer whose first of them each peer uses
+    rescale: bool = False  # gradients that meet where the stem is shared are averaged, not summed
+    taps: bool = False  # Peers.taps
+    ids: bool = False  # the samples' ids, for a memory; the data set must give its labels
+    average: float | None = None  # decay of an averaged copy of the cohort, whose answers are Peers.teacher
+    frozen: tuple[str, ...] = ()  # nets of trained teachers, whose answers are Peers.teacher
+
+
+class Objective(NamedTuple):
+    """A loss with an optimizer of its own: only `params` get its gradient. Parameters of the method that are in one learn
+    from nothing else."""
+
+    name: str
+    params: tuple[nn.Parameter, ...]
+    lr: float  # times the schedule's share of its peak
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)  # Adam's
 
 
 class Edge(NamedTuple):
@@ -62,6 +89,8 @@ class Graph:
     peers   p0..pK-1          made    further nodes, returned by Method.nodes
     means   node -> the nodes whose mean logits it is
     hard    node -> weight of its cross-entropy
+    extra   further terms, returned by Method.extra -> their weights
+    copies  made nodes that are a peer of the averaged copy of the cohort: a plain net, too
     votes   the nodes evaluation scores; the first is what the method ships
     """
 
@@ -71,6 +100,8 @@ class Graph:
     means: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     hard: Mapping[str, float] = field(default_factory=dict)
     edges: tuple[Edge, ...] = ()
+    extra: Mapping[str, float] = field(default_factory=dict)
+    copies: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known = self.nodes
@@ -85,9 +116,11 @@ class Graph:
                 raise ValueError(f"edge {e.name} must join two of the nodes {known}")
             if not (e.T > 0 and math.isfinite(e.T)):
                 raise ValueError(f"edge {e.name} has temperature {e.T}; expected a finite number above 0")
-        for name in (*self.hard, *self.votes):
+        for name in (*self.hard, *self.votes, *self.copies):
             if name not in known:
                 raise ValueError(f"{name!r} is labelled or scored but is not one of the nodes {known}")
+        if not self.votes:
+            raise ValueError("no node is a vote; the first of `votes` is what the method ships")
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -101,8 +134,8 @@ class Graph:
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """Names of the loss terms: ce/p0, ..., kl/mean>fused, ..."""
-        return tuple(f"ce/{h}" for h in self.hard) + tuple(f"kl/{e.name}" for e in self.edges)
+        """Names of the loss terms: ce/p0, ..., kl/mean>fused, ..., then the extra ones under their own."""
+        return tuple(f"ce/{h}" for h in self.hard) + tuple(f"kl/{e.name}" for e in self.edges) + tuple(self.extra)
 
     def text(self) -> str:
         """The graph drawn as lines of text."""
@@ -112,6 +145,7 @@ class Graph:
             facts = [f"T={e.T:g}", f"weight {e.weight:g}"] + ["ramp"] * e.ramp
             facts += [] if e.detach else ["teacher learns too"]
             lines.append(f"{e.teacher} > {e.student}   {', '.join(facts)}")
+        lines += [f"and {name}   weight {w:g}" for name, w in self.extra.items()]
         return "\n".join(lines)
 
 
@@ -131,6 +165,9 @@ class CohortSpec:
     classes: int
     maps: tuple[MapSpec, ...]
     stem: MapSpec | None  # the shared stem's output, None where the peers share nothing
+    taps: tuple[tuple[MapSpec, ...], ...] = ()  # per peer, of each stage of its own; where the method asks
+    teachers: tuple[MapSpec, ...] = ()  # last maps of the frozen teachers
+    samples: int = 0  # training images, 0 where that is not known
 
     @property
     def peers(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from .finish import Finish
 from .manifest import Manifest, splits
 from .portable import Portable, fetch, why
 from .rng import mix, order
-from .source import Place, held_split, portions
+from .source import Place, held_split, portions, several, view_seed
 from .synthetic import SHAPES
 from .views import Evaluation, Training, train_size
 
@@ -114,20 +114,32 @@ class Folder:
             self._decoders[split] = decoder(self.cfg, self._manifests[split], self.place)
         return self._decoders[split]
 
-    def train(self, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
+    @property
+    def labels(self) -> Tensor:
+        known, used = self._labels["train"], self._ids["train"]
+        return torch.full_like(known, -1).index_copy(0, used, known[used])
+
+    def train(self, batch_size: int, seed: int, epoch: int, start: int = 0, views: int = 1) -> Iterator[Batch]:
+        several(views, self.cfg)
         cfg, ids = self.cfg, self._ids["train"]
-        view = Training(cfg, train_size(cfg, self.size, epoch), seed, epoch, self._operations)
+        side = train_size(cfg, self.size, epoch)
+        seeds = [view_seed(seed, v) for v in range(views)]
+        shown = [Training(cfg, side, s, epoch, self._operations) for s in seeds]
         parts = self.place.batches(ids[order(seed, epoch, len(ids))], batch_size, start)
-        jobs = [Job(tuple(torch.where(part < 0, -1 - part, part).tolist()), view) for part in parts]
-        made = self._decoder("train").decode(jobs)
-        for number, (part, job, (x, bad)) in enumerate(zip(parts, jobs, made, strict=True), start):
+        jobs = [Job(tuple(torch.where(part < 0, -1 - part, part).tolist()), view) for part in parts for view in shown]
+        decoded = iter(self._decoder("train").decode(jobs))
+        for number, (part, job) in enumerate(zip(parts, jobs[::views], strict=True), start):
+            x, bad = next(decoded)
+            for _ in range(1, views):  # every view is decoded anew
+                again, worse = next(decoded)
+                x, bad = torch.cat([x, again]), {**worse, **bad}
             if bad:
                 self._lost({job.ids[k]: why for k, why in bad.items() if part[k] >= 0}, all_of_it=len(bad) == len(part))
             y = torch.where(part < 0, UNLABELLED, self._labels["train"][list(job.ids)])
             y[list(bad)] = UNLABELLED
             x, share = self._finish(x, mix(seed, epoch, number), cfg.mixup, cfg.cutmix)
             if bad:
-                x[list(bad)] = 0
+                x.unflatten(0, (views, -1))[:, list(bad)] = 0
             batch = self._put(x, y, part.clamp(min=-1))
             yield batch if share is None else batch._replace(y2=batch.y.flip(0), mix=share)
 

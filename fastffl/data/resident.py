@@ -15,7 +15,7 @@ from ..recipe import Data
 from ..values import UNLABELLED, Batch
 from .finish import Finish, blend
 from .rng import below, order, signed, uniform_bits
-from .source import Place, held_split, portions
+from .source import Place, held_split, portions, several, view_seed
 
 
 @dataclass(frozen=True)
@@ -120,16 +120,24 @@ class Resident:
     def samples(self, split: str) -> int:
         return len(self._y[held_split(split, "val" in self._y)])
 
-    def train(self, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
+    @property
+    def labels(self) -> Tensor:
+        return self._y["train"]
+
+    def train(self, batch_size: int, seed: int, epoch: int, start: int = 0, views: int = 1) -> Iterator[Batch]:
+        several(views, self.cfg)
         x, y = self._x["train"], self._y["train"]
         ids = order(seed, epoch, len(y))
         shares = (self.place.batches(i, batch_size, start) for i in (ids, ids.to(x.device)))
         for here, at in zip(*shares, strict=True):
             if here[0] >= 0:
-                yield self.augment(x, at, y[at], seed, epoch)
+                batch = self.augment(x, at, y[at], seed, epoch)
             else:  # nothing is left for this rank: an image without a label
                 batch = self.augment(x, -1 - at, torch.full_like(at, UNLABELLED), seed, epoch)
-                yield batch._replace(id=torch.full_like(at, -1))
+                batch = batch._replace(id=torch.full_like(at, -1))
+            kept = torch.where(at < 0, -1 - at, at)
+            more = [self.augment(x, kept, batch.y, view_seed(seed, v), epoch).x for v in range(1, views)]
+            yield batch._replace(x=torch.cat([batch.x, *more])) if more else batch
 
     def augment(self, x: Tensor, at: Tensor, y: Tensor, seed: int, epoch: int) -> Batch:
         """One training batch: the images `at`, cropped, flipped and mixed by what (seed, epoch, id) says. One kernel on a GPU."""

@@ -1,5 +1,6 @@
 """Where batches come from: the Source protocol, and the rule that picks one for a recipe."""
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..errors import DataError, nearest
 from ..recipe import Data
 from ..values import Batch
+from .rng import mix
 
 SPLITS = ("train", "val", "test")
 
@@ -52,7 +54,11 @@ class Source(Protocol):
     can be skipped at no cost and without a trace. `batch_size` of `train` is that of all ranks together, every rank gets the
     same number of batches; `batch_size` of `evaluate` is a rank's own.
 
+    views: a batch's x holds so many augmentations of its images, (views B, ...), one after the other; the first is the one
+    that there is without the others. Only methods that need several ask for them, of a Source that takes the argument.
+
     place What it was opened for; a Source without it gives whole batches, which is right for one process
+    labels  (N,) int64 of every training image by id, -1 where it is not used; only some methods need it
     bad   training images that could not be read so far, by id, with the reason; they come with label UNLABELLED
     say   told about each of them once, a line for people; the trainer sets it
     """
@@ -68,9 +74,15 @@ class Source(Protocol):
 
     def samples(self, split: str) -> int: ...
 
-    def train(self, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]: ...
+    def train(self, batch_size: int, seed: int, epoch: int, start: int = 0, views: int = 1) -> Iterator[Batch]: ...
 
     def evaluate(self, split: str, batch_size: int) -> Iterator[Batch]: ...
+
+
+def ids(images: Source) -> int:
+    """How many ids the training images have, 0 where the source does not say."""
+    labels = getattr(images, "labels", None)
+    return 0 if labels is None else len(labels)
 
 
 def held_split(split: str, has_val: bool) -> str:
@@ -78,6 +90,26 @@ def held_split(split: str, has_val: bool) -> str:
     if split not in SPLITS:
         raise DataError(f"no split is called {split!r}; expected {', '.join(SPLITS)}")
     return "test" if split == "val" and not has_val else split
+
+
+def view_seed(seed: int, view: int) -> int:
+    """The seed by which view number `view` of the images is drawn."""
+    return mix(seed, view, 0x71E5) if view else seed
+
+
+def several(views: int, cfg: Data) -> None:
+    """DataError where several views are asked for of images that are mixed."""
+    if views > 1 and (cfg.mixup or cfg.cutmix):
+        raise DataError(
+            "data.mixup and data.cutmix mix one view of the images, and the peers of this method see a view each; "
+            "leave both at 0, or choose another method"
+        )
+
+
+def takes_views(images: Source) -> bool:
+    """Whether a Source's train has the argument `views`; one made for methods with a single view need not."""
+    named = inspect.signature(images.train).parameters.values()
+    return any(p.name == "views" or p.kind is inspect.Parameter.VAR_KEYWORD for p in named)
 
 
 def portions(labels: Tensor, train_fraction: float, val_fraction: float) -> tuple[Tensor, Tensor]:

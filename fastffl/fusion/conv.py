@@ -91,10 +91,7 @@ class ConvFusion(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         aligned = self.align(maps)
         if not self._as_built(aligned):
-            f = torch.cat(aligned, 1)
-            a = F.relu(self.bn1(self.dw(f)), inplace=True)
-            f = F.relu(self.bn2(self.pw(a)), inplace=True)
-            return self.fc(f.mean((2, 3)))
+            return self.fc(self.fused(aligned).mean((2, 3)))
         norms, counts = [], []
         for bn in (self.bn1, self.bn2):
             assert bn.momentum is not None and bn.running_mean is not None and bn.num_batches_tracked is not None
@@ -104,6 +101,11 @@ class ConvFusion(nn.Module):
             torch._foreach_add_(counts, 1)
         weights = self.dw.weight, norms[0], self.pw.weight, norms[1], self.fc.weight, self.fc.bias
         return fuse_conv(tuple(aligned), *weights, training=self.training)
+
+    def fused(self, aligned: Sequence[Tensor]) -> Tensor:
+        """The fused map, (B, width, H, W), of maps of one size: for who needs more than the logits."""
+        a = F.relu(self.bn1(self.dw(torch.cat(tuple(aligned), 1))), inplace=True)
+        return F.relu(self.bn2(self.pw(a)), inplace=True)
 
     def _as_built(self, maps: Sequence[Tensor]) -> bool:
         """Whether the parts still are what __init__ made: one call may stand for them. Not where a user replaced, froze,

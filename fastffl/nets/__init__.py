@@ -1,5 +1,6 @@
 """Backbones by name: this package's CIFAR nets, or any timm classification model."""
 
+import re
 import warnings
 from typing import Any, NamedTuple
 
@@ -10,6 +11,8 @@ from ..errors import UsageError, nearest
 from ..values import MapSpec
 from .adapter import Backbone, CutTimmNet, TappedNet, TimmNet, ZooNet, find_tap, same_when_cut, timm_cut
 from .cohort import Cohort as Cohort
+from .cohort import Frozen as Frozen
+from .cohort import MeanTeacher as MeanTeacher
 from .resnet import ResNet
 from .wrn import WRN
 
@@ -21,14 +24,36 @@ ZOO: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
 ALIASES = {"wrn-16-2": "wrn16_2", "wrn16-2": "wrn16_2", "wrn-40-2": "wrn40_2", "wrn40-2": "wrn40_2"}
 
 
+class NoStages(UsageError):
+    """A net that can't be cut where its stages are asked for."""
+
+
+def known(name: str) -> str:
+    """The name a net goes by here: wrn-16-2@0.5 is wrn16_2@0.5."""
+    base, at, width = name.partition("@")
+    return ALIASES.get(base, base) + at + width
+
+
 def plain(name: str, classes: int, channels: int, size: int, pretrained: bool = False) -> nn.Module:
-    """The plain net `name` for images (channels, size, size): of this package, else of timm. UsageError names the nearest."""
-    name = ALIASES.get(name, name)
+    """The plain net `name` for images (channels, size, size): of this package, else of timm. UsageError names the nearest.
+
+    `resnet32@0.6` is resnet32 with 0.6 of the channels behind its first convolution.
+    """
+    name = known(name)
+    base, at, share = name.partition("@")
+    if base in ZOO and size < 4:
+        raise UsageError(f"{name} halves the image twice; size {size} is less than 4")
+    if at:
+        width = float(share) if re.fullmatch(r"0?\.\d+|1(\.0+)?", share) else 0.0
+        if base not in ZOO or width < 1 / 16:
+            raise UsageError(f"{name}: expected NET@WIDTH, a net of this package ({', '.join(ZOO)}) and a width in 0.0625 to 1")
+        if pretrained:
+            raise UsageError(f"{name} has no published weights; use --set nets.pretrained=false")
+        make, args = ZOO[base]
+        return make(*args, classes, channels, width=width)
     if name in ZOO:
         if pretrained:
             raise UsageError(f"{name} has no published weights; use --set nets.pretrained=false, or a timm model")
-        if size < 4:
-            raise UsageError(f"{name} halves the image twice; size {size} is less than 4")
         make, args = ZOO[name]
         return make(*args, classes, channels)
     import timm
@@ -62,31 +87,31 @@ def backbone(
 ) -> Backbone:
     """A peer from a name or from any nn.Module (B, channels, size, size) -> (B, classes).
 
-    cut    whether its stem will be shared: UsageError where the model has no stages to cut it by
+    cut    whether its stages are asked for, to share some or to tap them: NoStages where the model has none
     tap    nn.Modules that are neither ours nor timm's: the submodule whose output is the last feature map; None finds it
     """
-    name = ALIASES.get(net, net) if isinstance(net, str) else type(net).__name__
+    name = known(net) if isinstance(net, str) else type(net).__name__
     module = plain(net, classes, channels, size, pretrained) if isinstance(net, str) else net
     x = torch.zeros(2, channels, size, size)
-    if hasattr(module, "stem_parts"):
+    if hasattr(module, "stages") and hasattr(module, "between"):
         return ZooNet(module, name)
     if hasattr(module, "forward_intermediates") and hasattr(module, "forward_head"):
         if not cut:
             return TimmNet(module, name)
         where = timm_cut(module)
         if where is None or not same_when_cut(module, where, torch.linspace(-1, 1, x.numel()).view(x.shape)):
-            raise UsageError(f"{name} has no stages to share a stem by; use --set nets.share_stem=false")
+            raise NoStages(f"{name} has no stages to share a stem by; use --set nets.share_stem=false")
         return CutTimmNet(module, name, where)
     if cut:
-        raise UsageError(f"{name} has no stem/tail split; share_stem needs a net of this package or a staged timm model")
+        raise NoStages(f"{name} has no stem/tail split; share_stem needs a net of this package or a staged timm model")
     return TappedNet(module, name, tap or find_tap(module, x))
 
 
 class Probe(NamedTuple):
-    """Sizes of one peer for a given image: its map, and its stem's output where it can be cut."""
+    """Sizes of one peer for a given image: its map, and what each stage gives where it has any."""
 
     map: MapSpec
-    stem: MapSpec | None
+    stages: tuple[MapSpec, ...]
     classes: int
 
 
@@ -98,8 +123,12 @@ def probe(net: Backbone, channels: int, size: int) -> Probe:
     try:
         weight = next(net.parameters(), torch.zeros(()))
         x = torch.zeros(2, channels, size, size, device=weight.device)
-        h: Tensor | None = net.stem(x) if net.parts else None
-        final, f = net.features(x) if h is None else net.tail(h)
+        taps: list[Tensor] = []
+        h = x
+        for stage in range(len(net.stages) - 1):
+            h = net.between(h, stage, stage + 1)
+            taps.append(net.tap(h))
+        final, f = net.tail(h, len(taps)) if taps else net.features(x)
         z = net.classify(final)
     except UsageError:
         raise
@@ -110,8 +139,9 @@ def probe(net: Backbone, channels: int, size: int) -> Probe:
         net.train(was)
     if z.ndim != 2 or f.ndim != 4:
         raise UsageError(f"{net.name} gives logits {tuple(z.shape)}, map {tuple(f.shape)}; expected (B, classes), (B, D, H, W)")
-    stem = MapSpec(*h.shape[1:]) if h is not None and h.ndim == 4 else None
-    return Probe(MapSpec(*f.shape[1:]), stem, z.shape[1])
+    # a stage may give tokens (B, N, D), of which nobody takes a map
+    maps = tuple(MapSpec(*t.shape[1:]) if t.ndim == 4 else MapSpec(t.shape[-1], 0, 0) for t in (*taps, f))
+    return Probe(MapSpec(*f.shape[1:]), maps if taps else (), z.shape[1])
 
 
 class NetFacts(NamedTuple):

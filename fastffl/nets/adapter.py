@@ -1,36 +1,43 @@
-"""One face for every net: `features(x) -> (final, map)`, `classify(final) -> logits`, and where it can be cut, `stem` and `tail`.
+"""One face for every net: `features(x) -> (final, map)`, `classify(final) -> logits`, and where it has stages `between`, `tail`.
 
 `map` is the last feature map as NCHW, also for NHWC and token models; `final` is what the net's own head wants.
 The plain net stays whole inside (`.plain`), so its state_dict is the plain model's and loads there with strict=True.
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
 
+Stages = tuple[tuple[str, ...], ...]
+
 
 class Backbone(nn.Module):
-    """What the cohort knows of a peer. `parts` names the submodules of `plain` that form the stem (empty: can't be cut)."""
+    """What the cohort knows of a peer. `stages` names the submodules of `plain` that form each of them (none: can't be cut)."""
 
-    parts: tuple[str, ...] = ()
+    stages: Stages = ()
 
     def __init__(self, plain: nn.Module, name: str):
         super().__init__()
         self.plain: Any = plain
         self.name = name
 
-    def stem(self, x: Tensor) -> Tensor:
+    def between(self, h: Tensor, first: int, last: int) -> Tensor:
+        """What comes out of stages `first` to `last` - 1, the last one of all left out."""
         raise UsageError(f"{self.name} has no stages to share a stem by; use --set nets.share_stem=false")
 
-    def tail(self, h: Tensor) -> tuple[Tensor, Tensor]:
+    def tail(self, h: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """(final, map) from what stage `first` - 1 gave."""
         raise UsageError(f"{self.name} has no stages to share a stem by; use --set nets.share_stem=false")
+
+    def tap(self, h: Tensor) -> Tensor:
+        """What a stage gave as NCHW."""
+        return h
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.tail(self.stem(x))
+        return self.tail(x, 0)
 
     def classify(self, final: Tensor) -> Tensor:
         return self.plain.classify(final)
@@ -38,25 +45,25 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.classify(self.features(x)[0])
 
-    def share(self, other: "Backbone") -> None:
-        """Use `other`'s stem modules in place of this net's own: one set of weights, still a whole plain net each."""
-        for path in self.parts:
+    def share(self, other: "Backbone", first: int, last: int) -> None:
+        """Use `other`'s modules of these stages in place of this net's own: one set of weights, still a whole plain net each."""
+        for path in (path for stage in self.stages[first:last] for path in stage):
             parent, _, leaf = path.rpartition(".")
             self.plain.get_submodule(parent)._modules[leaf] = other.plain.get_submodule(path)
 
 
 class ZooNet(Backbone):
-    """A net of this package: it has `stem`, `tail`, `classify` and `stem_parts` itself."""
+    """A net of this package: it has `stages`, `between` and `classify` itself."""
 
     def __init__(self, plain: nn.Module, name: str):
         super().__init__(plain, name)
-        self.parts = self.plain.stem_parts
+        self.stages = self.plain.stages
 
-    def stem(self, x: Tensor) -> Tensor:
-        return self.plain.stem(x)
+    def between(self, h: Tensor, first: int, last: int) -> Tensor:
+        return self.plain.between(h, first, last)
 
-    def tail(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        f = self.plain.tail(h)
+    def tail(self, h: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        f = self.plain.between(h, first, len(self.stages))
         return f, f
 
 
@@ -71,21 +78,37 @@ class TimmNet(Backbone):
         return self.plain.forward_head(final)
 
 
+class Cut(NamedTuple):
+    """The stages of a timm model, what turns its map into `final`, and whether maps are NHWC inside."""
+
+    stages: Stages
+    after: tuple[str, ...] = ()
+    nhwc: bool = False
+
+
 class CutTimmNet(TimmNet):
-    """A timm model cut before its last stage."""
+    """A timm model cut into its stages."""
 
-    def __init__(self, plain: nn.Module, name: str, cut: "Cut"):
+    def __init__(self, plain: nn.Module, name: str, cut: Cut):
         super().__init__(plain, name)
-        self.parts, self._low, self._high = cut
+        self.stages, self._after, self._nhwc = cut
 
-    def stem(self, x: Tensor) -> Tensor:
-        return self._low(self.plain, x)
+    def between(self, h: Tensor, first: int, last: int) -> Tensor:
+        for path in (path for stage in self.stages[first:last] for path in stage):
+            h = self.plain.get_submodule(path)(h)
+        return h
 
-    def tail(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        return self._high(self.plain, h)
+    def tail(self, h: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        f = final = self.between(h, first, len(self.stages))
+        for path in self._after:
+            final = self.plain.get_submodule(path)(final)
+        return final, self.tap(f)
+
+    def tap(self, h: Tensor) -> Tensor:
+        return h.permute(0, 3, 1, 2) if self._nhwc else h
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.tail(self.stem(x))
+        return self.tail(x, 0)
 
 
 class TappedNet(Backbone):
@@ -93,7 +116,6 @@ class TappedNet(Backbone):
 
     def __init__(self, plain: nn.Module, name: str, tap: str | None):
         super().__init__(plain, name)
-        self.tap = tap
         self._seen: Tensor | None = None
         if tap is not None:
             plain.get_submodule(tap).register_forward_hook(self._see)
@@ -110,62 +132,36 @@ class TappedNet(Backbone):
         return final
 
 
-Cut = tuple[tuple[str, ...], Callable[[Any, Tensor], Tensor], Callable[[Any, Tensor], tuple[Tensor, Tensor]]]
-
-
-def _chain(net: Any, paths: tuple[str, ...], x: Tensor) -> Tensor:
-    for path in paths:
-        x = net.get_submodule(path)(x)
-    return x
-
-
 def timm_cut(net: Any) -> Cut | None:
-    """Where a timm model can be cut before its last stage, by the layout of its family; None where it has no stages.
+    """The stages of a timm model by the layout of its family; None where it has none.
 
     A guess by attribute names is no proof: `same_when_cut` compares both ways at build time.
     """
     has = dict(net.named_children())
-    low: tuple[str, ...]
-    stage: tuple[str, ...]
-    after: tuple[str, ...] = ()  # what turns the map into `final`
 
-    def inner(name: str) -> tuple[tuple[str, ...], str]:
-        names = [f"{name}.{k}" for k, _ in has[name].named_children()]
-        return tuple(names[:-1]), names[-1]
+    def inner(name: str) -> list[tuple[str, ...]]:
+        return [(f"{name}.{k}",) for k, _ in has[name].named_children()]
+
+    def present(*names: str) -> tuple[str, ...]:
+        return tuple(k for k in names if k in has)
 
     if {"conv1", "layer1", "layer4"} <= set(has):  # ResNet and kin
-        low = tuple(k for k in ("conv1", "bn1", "act1", "maxpool", "layer1", "layer2", "layer3") if k in has)
-        stage = ("layer4",)
-    elif {"conv_stem", "blocks"} <= set(has):  # EfficientNet, MobileNet
-        first, last = inner("blocks")
-        low, stage = tuple(k for k in ("conv_stem", "bn1", "act1") if k in has) + first, (last,)
-        after = ("conv_head", "bn2") if "bn2" in has else ()
-    elif {"stem", "s1", "s4"} <= set(has):  # RegNet
-        low, stage = ("stem", "s1", "s2", "s3"), ("s4", "final_conv")
-    elif {"stem", "stages"} <= set(has):  # ConvNeXt, RepVGG
-        first, last = inner("stages")
-        low = ("stem", *first)
-        stage = (last, *(k for k in ("norm_pre", "final_conv") if k in has))
-    elif {"features", "classifier"} <= set(has) and hasattr(net.features, "transition3"):  # DenseNet
-        names = [k for k, _ in net.features.named_children()]
-        at = names.index("transition3") + 1
-        low = tuple(f"features.{k}" for k in names[:at])
-        stage = tuple(f"features.{k}" for k in names[at:])
-    elif {"patch_embed", "layers", "norm"} <= set(has):  # Swin: NHWC inside
-        first, last = inner("layers")
-        return (
-            ("patch_embed", *first),
-            lambda m, x: _chain(m, ("patch_embed", *first), x),
-            lambda m, h: (f := _chain(m, (last, "norm"), h), f.permute(0, 3, 1, 2)),
-        )
-    else:
-        return None
-
-    def high(m: Any, h: Tensor) -> tuple[Tensor, Tensor]:
-        f = _chain(m, stage, h)
-        return _chain(m, after, f), f
-
-    return low, lambda m, x: _chain(m, low, x), high
+        return Cut((present("conv1", "bn1", "act1", "maxpool"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)))
+    if {"conv_stem", "blocks"} <= set(has):  # EfficientNet, MobileNet
+        return Cut((present("conv_stem", "bn1", "act1"), *inner("blocks")), ("conv_head", "bn2") if "bn2" in has else ())
+    if {"stem", "s1", "s4"} <= set(has):  # RegNet
+        return Cut((("stem",), ("s1",), ("s2",), ("s3",), ("s4", "final_conv")))
+    if {"stem", "stages"} <= set(has):  # ConvNeXt, RepVGG
+        *first, last = inner("stages")
+        return Cut((("stem",), *first, (*last, *present("norm_pre", "final_conv"))))
+    if {"features", "classifier"} <= set(has) and hasattr(net.features, "transition3"):  # DenseNet
+        names = [f"features.{k}" for k, _ in net.features.named_children()]
+        ends = [k + 1 for k, name in enumerate(names) if "transition" in name]
+        return Cut(tuple(tuple(names[a:b]) for a, b in zip([0, *ends], [*ends, len(names)], strict=True)))
+    if {"patch_embed", "layers", "norm"} <= set(has):  # Swin
+        *first, last = inner("layers")
+        return Cut((("patch_embed",), *first, (*last, "norm")), nhwc=True)
+    return None
 
 
 @torch.no_grad()
@@ -175,7 +171,7 @@ def same_when_cut(net: nn.Module, cut: Cut, x: Tensor) -> bool:
     net.eval()
     try:
         final, f = TimmNet(net, "").features(x)
-        final_cut, f_cut = cut[2](net, cut[1](net, x))
+        final_cut, f_cut = CutTimmNet(net, "", cut).features(x)
         return torch.equal(final, final_cut) and torch.equal(f, f_cut)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
         return False  # not the layout its attribute names suggested

@@ -45,38 +45,44 @@ def through(stages: tuple[nn.Module, ...], x: Tensor, skip: Tensor) -> Tensor:
 
 
 class ResNet(nn.Module):
-    """(B, channels, S, S) -> (B, classes). The last feature map is (B, 64, S/4, S/4), after its ReLU."""
+    """(B, channels, S, S) -> (B, classes). The last feature map is (B, 64, S/4, S/4), after its ReLU.
 
-    stem_parts = ("conv1", "bn1", "layer1", "layer2")  # what peers of one architecture share (FFL, ONE)
+    width   share of the channels in the three stages, cut to whole ones; conv1 keeps its 16 (OEM-KD's compressed students)
+    """
 
-    def __init__(self, depth: int, classes: int, channels: int = 3):
+    stages = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",))
+
+    def __init__(self, depth: int, classes: int, channels: int = 3, *, width: float = 1.0):
         super().__init__()
         m, rest = divmod(depth - 2, 6)
         if rest or m < 1:
             raise ValueError(f"resnet depth {depth}: expected 6m+2, for example 20, 32, 56, 110")
         self.conv1 = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = self._stage(16, 16, m, 1)
-        self.layer2 = self._stage(16, 32, m, 2)
-        self.layer3 = self._stage(32, 64, m, 2)
-        self.fc = nn.Linear(64, classes)
+        d1, d2, d3 = (int(d * width) for d in (16, 32, 64))
+        self.layer1 = self._stage(16, d1, m, 1)
+        self.layer2 = self._stage(d1, d2, m, 2)
+        self.layer3 = self._stage(d2, d3, m, 2)
+        self.fc = nn.Linear(d3, classes)
         init_convs(self)
 
     @staticmethod
     def _stage(d_in: int, d: int, m: int, stride: int) -> nn.Sequential:
         return nn.Sequential(Block(d_in, d, stride), *[Block(d, d, 1) for _ in range(m - 1)])
 
-    def stem(self, x: Tensor) -> Tensor:
-        return through((self.layer1, self.layer2), *norm_relu_fork(self.bn1, self.conv1(x)))
-
-    def tail(self, h: Tensor) -> Tensor:
-        return through((self.layer3,), h, h)
+    def between(self, h: Tensor, first: int, last: int) -> Tensor:
+        """Stages `first` to `last` - 1 of what comes before them."""
+        inner = (self.layer1, self.layer2, self.layer3)[max(first - 1, 0) : last - 1]
+        if first > 0:
+            return through(inner, h, h)
+        h = self.conv1(h)
+        return through(inner, *norm_relu_fork(self.bn1, h)) if inner else norm_relu(self.bn1, h)
 
     def classify(self, f: Tensor) -> Tensor:
         return self.fc(f.mean((2, 3)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classify(self.tail(self.stem(x)))
+        return self.classify(self.between(x, 0, 4))
 
 
 def init_convs(net: nn.Module) -> None:

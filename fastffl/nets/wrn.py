@@ -28,36 +28,36 @@ class WideBlock(nn.Module):
 
 
 class WRN(nn.Module):
-    """(B, channels, S, S) -> (B, classes). The last feature map is (B, 64k, S/4, S/4)."""
+    """(B, channels, S, S) -> (B, classes). The last feature map is (B, 64k, S/4, S/4). `width` as for ResNet."""
 
-    stem_parts = ("conv1", "layer1", "layer2")
+    stages = (("conv1",), ("layer1",), ("layer2",), ("layer3", "bn"))
 
-    def __init__(self, depth: int, widen: int, classes: int, channels: int = 3):
+    def __init__(self, depth: int, widen: int, classes: int, channels: int = 3, *, width: float = 1.0):
         super().__init__()
         m, rest = divmod(depth - 4, 6)
         if rest or m < 1:
             raise ValueError(f"wrn depth {depth}: expected 6m+4, for example 16, 28, 40")
-        d = 16 * widen
+        d1, d2, d3 = (int(d * widen * width) for d in (16, 32, 64))
         self.conv1 = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
-        self.layer1 = self._stage(16, d, m, 1)
-        self.layer2 = self._stage(d, 2 * d, m, 2)
-        self.layer3 = self._stage(2 * d, 4 * d, m, 2)
-        self.bn = nn.BatchNorm2d(4 * d)
-        self.fc = nn.Linear(4 * d, classes)
+        self.layer1 = self._stage(16, d1, m, 1)
+        self.layer2 = self._stage(d1, d2, m, 2)
+        self.layer3 = self._stage(d2, d3, m, 2)
+        self.bn = nn.BatchNorm2d(d3)
+        self.fc = nn.Linear(d3, classes)
         init_convs(self)
 
     @staticmethod
     def _stage(d_in: int, d: int, m: int, stride: int) -> nn.Sequential:
         return nn.Sequential(WideBlock(d_in, d, stride), *[WideBlock(d, d, 1) for _ in range(m - 1)])
 
-    def stem(self, x: Tensor) -> Tensor:
-        return self.layer2(self.layer1(self.conv1(x)))
-
-    def tail(self, h: Tensor) -> Tensor:
-        return norm_relu(self.bn, self.layer3(h))
+    def between(self, h: Tensor, first: int, last: int) -> Tensor:
+        """Stages `first` to `last` - 1 of what comes before them."""
+        for stage in (self.conv1, self.layer1, self.layer2, self.layer3)[first:last]:
+            h = stage(h)
+        return norm_relu(self.bn, h) if last == 4 else h
 
     def classify(self, f: Tensor) -> Tensor:
         return self.fc(f.mean((2, 3)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classify(self.tail(self.stem(x)))
+        return self.classify(self.between(x, 0, 4))

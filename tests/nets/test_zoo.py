@@ -34,7 +34,7 @@ def test_cut_equals_whole(name: str) -> None:
     net = nets.backbone(name, 10, 3, 32).eval()
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(net(x), net.plain(x))
-    assert torch.equal(net.tail(net.stem(x))[1], net.features(x)[1])
+    assert torch.equal(net.tail(net.between(x, 0, 3), 3)[1], net.features(x)[1])
 
 
 def test_official_names() -> None:
@@ -52,7 +52,7 @@ def test_shared_stem_is_one_set_of_weights_and_every_peer_stays_whole() -> None:
     fresh = nets.plain("resnet8", 10, 3, 16).eval()
     fresh.load_state_dict(p2.state_dict(), strict=True)
     assert torch.equal(fresh(x), peers.z[2])
-    assert peers.stem is not None and torch.equal(peers.stem, p0.stem(x))
+    assert peers.stem is not None and torch.equal(peers.stem, cohort.nets[0].between(x, 0, 3))
 
 
 @pytest.mark.parametrize(
@@ -68,3 +68,41 @@ def test_too_small_images_and_absent_weights() -> None:
         nets.plain("resnet20", 10, 3, 3)
     with pytest.raises(UsageError, match="no published weights"):
         nets.plain("resnet20", 10, 3, 32, pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("resnet8@1", [16, 32, 64]),
+        ("resnet8@1.0", [16, 32, 64]),
+        ("resnet8@0.8", [12, 25, 51]),
+        ("resnet8@.5", [8, 16, 32]),
+        ("resnet8@0.0625", [1, 2, 4]),
+        ("wrn-16-2@0.5", [16, 32, 64]),
+    ],
+)
+def test_widths(name: str, want: list[int]) -> None:
+    """A share of the channels behind the first convolution; of all of them it is the net itself."""
+    net = nets.plain(name, 10, 3, 16)
+    assert [net.get_submodule(f"layer{k}")[-1].conv2.out_channels for k in (1, 2, 3)] == want  # type: ignore[index]
+    assert net.conv1.out_channels == 16 and net(torch.zeros(2, 3, 16, 16)).shape == (2, 10)
+    if name.startswith("resnet8@1"):
+        whole = nets.plain("resnet8", 10, 3, 16).state_dict()
+        assert {k: v.shape for k, v in net.state_dict().items()} == {k: v.shape for k, v in whole.items()}
+
+
+BAD_WIDTHS = ["resnet8@", "resnet8@0", "resnet8@0.06", "resnet8@1.5", "resnet8@-0.5", "resnet8@0.5@0.5", "resnet8@1e-1"]
+
+
+@pytest.mark.parametrize("name", [*BAD_WIDTHS, "resnet8@half", "resnet18@0.5", "resnet33@0.5", "@0.5"])
+def test_widths_that_are_none(name: str) -> None:
+    with pytest.raises(UsageError, match=r"expected NET@WIDTH, a net of this .* \(resnet8, .*\) and a width in 0\.0625 to 1$"):
+        nets.plain(name, 10, 3, 32)
+
+
+def test_narrow_nets_have_no_weights_and_no_tiny_images_either() -> None:
+    with pytest.raises(UsageError, match=r"resnet8@0\.5 has no published weights; use --set nets\.pretrained=false"):
+        nets.plain("resnet8@0.5", 10, 3, 32, pretrained=True)
+    with pytest.raises(UsageError, match=r"resnet8@0\.5 halves the image twice; size 3 is less than 4"):
+        nets.plain("resnet8@0.5", 10, 3, 3)
+    assert nets.backbone("wrn-40-2@0.5", 10, 3, 16).name == "wrn40_2@0.5"
