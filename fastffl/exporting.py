@@ -4,7 +4,7 @@ import copy
 import io
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
@@ -17,6 +17,7 @@ from .errors import FastFFLError, UsageError
 from .nets import ZOO, plain
 from .train import Learner
 from .train.checkpoint import write_file
+from .values import Peers
 
 Format = Literal["safetensors", "torch", "onnx"]
 SUFFIX = {"safetensors": ".safetensors", "torch": ".pt", "onnx": ".onnx"}
@@ -77,12 +78,14 @@ def export(
             "nets": ",".join(learner.cohort.names),
             "method": learner.config.model_dump_json(),
             "shared": json.dumps(learner.cohort.shared),
+            "private": str(len(learner.cohort.nets[0].stages) - learner.cohort.cut if learner.cohort.shared else 1),
+            "samples": str(learner.spec.samples),
             "shape": f"{learner.channels},{learner.size},{learner.size}",
             "classes": json.dumps(classes or [str(c) for c in range(want.shape[1])]),
             **(facts or {}),
         }
         state = {k: v.detach().cpu().clone().contiguous() for k, v in _state(learner, vote).items()}
-        own = [n for n in learner.cohort.names if not (n in ZOO or timm.is_model(n))]
+        own = [n for n in learner.cohort.names if not (n.partition("@")[0] in ZOO or timm.is_model(n))]
         if own:  # classes of the user's own, which no name builds
             fresh: nn.Module = copy.deepcopy(_module(learner, vote)).cpu()
         else:
@@ -118,6 +121,17 @@ def load(file: str | Path) -> tuple[nn.Module, dict[str, str]]:
 
     UsageError where the file is not such an export, or is of a net that no name builds.
     """
+    state, about = read_file(file)
+    try:
+        return _built(state, about).eval(), about
+    except UsageError:
+        raise
+    except Exception as error:  # of metadata that somebody else wrote
+        raise _foreign(file, error) from None
+
+
+def read_file(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights and the metadata of an exported file. UsageError where it is none."""
     path = Path(file)
     try:
         if path.suffix == SUFFIX["torch"]:
@@ -127,30 +141,55 @@ def load(file: str | Path) -> tuple[nn.Module, dict[str, str]]:
             with safetensors.safe_open(path, "pt") as reader:
                 about = reader.metadata() or {}
                 state = {k: reader.get_tensor(k) for k in reader.keys()}  # noqa: SIM118  not a dict
-        return _built(state, about).eval(), about
-    except UsageError:
-        raise
+        for key in ("net", "vote", "classes", "shape"):
+            about[key]
+        return state, about
     except Exception as error:  # torch and safetensors raise many kinds on foreign files
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"{path} can't be read as an export of fastffl: {why}") from None
+        raise _foreign(path, error) from None
+
+
+def _foreign(path: str | Path, error: Exception) -> UsageError:
+    why = (str(error).splitlines() or [type(error).__name__])[0]
+    return UsageError(f"{path} can't be read as an export of fastffl: {why}")
 
 
 def _module(learner: Learner, vote: str) -> nn.Module:
     """The vote as a module: a peer's plain net, else the learner answering with that vote."""
-    return learner.cohort.nets[int(vote[1:])].plain if vote in learner.graph.peers else OneVote(learner, vote)
+    net = learner.plain(vote)
+    return net.plain if net else OneVote(learner, vote)
 
 
 def _unused(learner: Learner, vote: str) -> set[str]:
-    """Names of the parameters a vote does not depend on: the peers' classifiers, for FFL's fused."""
+    """Names in the state that a vote does not depend on: the peers' classifiers, for FFL's fused; teachers and memories."""
+    x = torch.zeros(2, learner.channels, learner.size, learner.size, device=next(learner.parameters()).device)
+    parts = {"method"} if vote not in learner.graph.made else set()
+    if learner.teacher is not None and (parts or not _taught(learner, vote, x)):
+        parts.add("teacher")
     with torch.enable_grad():
-        x = torch.zeros(2, learner.channels, learner.size, learner.size, device=next(learner.parameters()).device)
         named = [(n, p) for n, p in learner.named_parameters(remove_duplicate=False) if p.requires_grad]
         grads = torch.autograd.grad(learner.votes(x)[vote].sum(), [p for _, p in named], allow_unused=True)
-    return {n for (n, _), g in zip(named, grads, strict=True) if g is None}
+    unused = {n for (n, _), g in zip(named, grads, strict=True) if g is None}
+    return unused | {n for n in learner.state_dict() if n.partition(".")[0] in parts}
+
+
+@torch.no_grad()
+def _taught(learner: Learner, vote: str, x: Tensor) -> bool:
+    """Whether a vote changes with what the teacher says."""
+    assert learner.teacher is not None
+    want = learner.votes(x)[vote]
+
+    def otherwise(module: nn.Module, args: Any, said: Peers) -> Peers:
+        return said._replace(z=tuple(z + 1 + z.abs() for z in said.z), maps=tuple(f + 1 for f in said.maps))
+
+    handle = learner.teacher.register_forward_hook(otherwise)
+    try:
+        return not torch.equal(learner.votes(x)[vote], want)
+    finally:
+        handle.remove()
 
 
 def _state(learner: Learner, vote: str) -> dict[str, Tensor]:
-    if vote in learner.graph.peers:
+    if learner.plain(vote):
         return _module(learner, vote).state_dict()
     unused = _unused(learner, vote)
     return {k: v for k, v in learner.state_dict().items() if k not in unused}
@@ -166,10 +205,18 @@ def _built(state: dict[str, Tensor], about: dict[str, str]) -> nn.Module:
         return net
     stored = json.loads(about["method"])
     config = methods.load(stored["name"]).Config.model_validate(stored)
-    shared = json.loads(about["shared"])
-    learner = Learner(about["nets"].split(","), config, classes=classes, channels=channels, size=size, share_stem=shared)
+    learner = Learner(
+        about["nets"].split(","),
+        config,
+        classes=classes,
+        channels=channels,
+        size=size,
+        share_stem=json.loads(about["shared"]),
+        private=int(about.get("private", 1)),
+        samples=int(about.get("samples", 0)),
+    )
     keys = learner.eval().load_state_dict(state, strict=False)
-    if keys.unexpected_keys or set(keys.missing_keys) != _unused(learner, vote):
+    if keys.unexpected_keys or not set(keys.missing_keys) <= _unused(learner, vote):
         raise UsageError(f"the exported {vote} does not fit its nets: {[*keys.unexpected_keys, *keys.missing_keys][:3]}")
     return OneVote(learner, vote)
 

@@ -67,7 +67,7 @@ def open_run(path: str, *, which: str = "last", root: str | None = None, device:
                 f"{opened.size} x {opened.size}; give its data with --data DIR"
             )
     weightless = change(recipe, "nets.pretrained", False)
-    learner = Learner.build(weightless, len(classes), channels, size)
+    learner = Learner.build(weightless, len(classes), channels, size, int(state.get("ids", 0)))
     try:
         learner.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError, KeyError) as error:

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastffl import Learner, export
+from fastffl import Learner, export, methods, nets
 from fastffl.errors import UsageError
-from fastffl.exporting import load
+from fastffl.exporting import _state, load, read_file
+from fastffl.methods.pcl import PCL
+from fastffl.values import Peers
 
 
 def learner(nets: list[str], method: str) -> Learner:
@@ -40,8 +42,6 @@ def test_a_vote_comes_back_from_its_file(
         assert torch.equal(again(x), model.eval().votes(x)[vote])
     assert about["vote"] == vote and about["classes"] == '["a", "b", "c", "d", "e"]'
     if vote == "fused":
-        from fastffl.exporting import _state
-
         gone = model.state_dict().keys() - _state(model, vote).keys()
         assert len(gone) == dropped and all(".fc." in k for k in gone), "the peers' classifiers, and nothing else"
 
@@ -103,3 +103,57 @@ def test_a_vote_over_a_net_of_the_users_own(tmp_path: Path) -> None:
     assert off == 0
     with pytest.raises(UsageError, match="no model is called 'Own'"):
         load(path)
+
+
+FAMILY = {
+    "cl-ilr": ["resnet8"] * 4,
+    "okddip": ["resnet8"] * 3,
+    "kdcl": ["resnet8", "wrn16_2"],
+    "pcl": ["resnet8"] * 2,
+    "oem-kd": ["resnet8", "resnet8@0.6", "resnet8@0.2"],
+    "mfef": ["resnet8", "resnet8@0.6"],
+}
+
+
+@pytest.mark.parametrize("method", FAMILY)
+def test_every_peer_is_exported_as_the_plain_net(method: str, tmp_path: Path) -> None:
+    """Exactly its names, whatever it shares and whoever teaches it, in their order; and it answers as it did among the others."""
+    model = learner(FAMILY[method], method)
+    x = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        votes = model.eval().votes(x)
+    for vote in (*model.graph.peers, *model.graph.copies):
+        path, off = export(model, vote, tmp_path / f"{vote}.safetensors")
+        state, about = read_file(path)
+        plain = nets.plain(FAMILY[method][int(vote[-1])], 5, 3, 16).eval()
+        assert off == 0 and about["net"] == FAMILY[method][int(vote[-1])] and about["vote"] == vote
+        assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in plain.state_dict().items()}
+        plain.load_state_dict(state, strict=True)
+        with torch.no_grad():
+            assert torch.equal(plain(x), votes[vote])
+
+
+class Leaning(PCL):
+    """An ensemble that asks the averages."""
+
+    name = "pcl"
+
+    def nodes(self, peers: Peers, y: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        made = super().nodes(peers, y)
+        return {**made, "ens": made["ens"] + made["ema1"]}
+
+
+def test_a_vote_that_asks_the_averages_brings_them_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "load", lambda name: Leaning)
+    model = learner(["resnet8"] * 2, "pcl")
+    with torch.no_grad():
+        for p in model.teacher.parameters():  # type: ignore[union-attr]
+            p.mul_(1.1)
+    path, off = export(model, "ens", tmp_path / "x.safetensors")
+    again, _ = load(path)
+    x = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        assert off == 0 and torch.equal(again(x), model.eval().votes(x)["ens"])
+    assert any(k.startswith("teacher.cohort.p1.") for k in _state(model, "ens"))
+    monkeypatch.undo()
+    assert not any(k.startswith("teacher.") for k in _state(learner(["resnet8"] * 2, "pcl"), "ens")), "and no other does"

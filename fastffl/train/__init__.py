@@ -6,10 +6,11 @@ from typing import Any
 
 from .. import methods
 from ..data import Source
+from ..data.source import several, takes_views
 from ..errors import CheckpointError, UsageError
 from ..nets.sync_norm import plain_norms, sync_norms
 from ..recipe import Amp, Data, Nets, Optim, Recipe, Run, Sched, change, differences
-from . import checkpoint
+from . import checkpoint, teachers
 from .device import Plan as Plan
 from .device import plan
 from .learner import Learner as Learner
@@ -57,7 +58,10 @@ def fit(
         "amp": "amp.enabled",
     }
     for key, value in changes.items():
-        recipe = change(recipe, short.get(key, key.replace("__", ".")), value)
+        path = short.get(key, key.replace("__", "."))
+        if path.startswith("method."):
+            raise UsageError(f"{path}={value!r}: a learner is built with its method's settings; give them to Learner(method=...)")
+        recipe = change(recipe, path, value)
     have = (learner.spec.classes, learner.channels, learner.size)
     want = (len(data.classes), data.channels, data.size)
     if have != want:
@@ -78,8 +82,17 @@ def _fit(
     progress: Progress | None,
     where: Plan | None,
     ranks: Ranks,
+    first: bool = True,
 ) -> Result:
-    """`fit` once the ranks are known."""
+    """`fit` once the ranks are known. first: what the method wants trained before is trained before."""
+    recipe = recipe.model_copy(update={"method": learner.config})  # its teachers' architectures written out
+    if learner.needs.views > 1:
+        several(learner.needs.views, recipe.data)
+        if not takes_views(data):
+            raise UsageError(
+                f"method {learner.method.name} needs {learner.needs.views} views of every image, and {data.name} gives one: its "
+                "train takes no views=; add it (see fastffl.data.Source), or choose another method"
+            )
     place = getattr(data, "place", None)
     share = (place.rank, place.ranks) if place else (0, 1)
     if share != (ranks.rank, ranks.size):
@@ -99,9 +112,6 @@ def _fit(
     path, source_dir = ranks.from_first(_folders(recipe, out, resume) if ranks.first else None)
     run = RunDir(path) if ranks.first else Elsewhere(path)
     try:
-        if recipe.run.sync_bn and not ranks.alone:
-            sync_norms(learner, where.device.type == "cuda")
-        trainer = Trainer(recipe, learner, data, where, run, progress, ranks)
         if resume == "never" and ranks.first and checkpoint.newest(run.last) is not None:
             raise UsageError(f"{path} already holds a run; --resume never needs a folder without one: choose another --out")
         state = None
@@ -110,17 +120,26 @@ def _fit(
             state = ranks.from_first(checkpoint.newest(source_dir, device, progress.line) if ranks.first else None)
         if state is None and source_dir != run.last:
             raise CheckpointError(f"--resume {resume}: there is no checkpoint in {source_dir}")
-        if state is not None:
+        if state is None:  # before the trainer, which makes copies and half-precision shadows of the weights
+            run.begin(recipe, environment())
+            teachers.load(learner, data.classes)
+            if first:
+                how = "never" if resume == "never" else "auto"
+                _earlier(learner, data, recipe, path, how, progress, where, ranks)
+        if recipe.run.sync_bn and not ranks.alone:
+            sync_norms(learner, where.device.type == "cuda")
+        trainer = Trainer(recipe, learner, data, where, run, progress, ranks)
+        if state is None:
+            seed_all(recipe.run.seed, ranks.rank)
+        else:
             trainer.load(state)
             progress.line(f"resumed at epoch {trainer.epoch + 1}, step {trainer.count} of {path}")
-        else:
-            seed_all(recipe.run.seed, ranks.rank)
-        if state is not None and source_dir.parent.resolve() == path.resolve():
-            run.trim(trainer.epoch)
-            if source_dir.name == "last":
-                trainer.saved_at = trainer.position
-        else:
-            run.begin(recipe, environment())
+            if source_dir.parent.resolve() != path.resolve():
+                run.begin(recipe, environment())
+            else:
+                run.trim(trainer.epoch)
+                if source_dir.name == "last":
+                    trainer.saved_at = trainer.position
         run.loggers = Loggers(recipe, path)
         result = trainer.fit()
         if trainer.step.average:
@@ -130,6 +149,25 @@ def _fit(
         plain_norms(learner)
         getattr(data, "close", lambda: None)()  # decoders keep processes, threads and buffers; they are made anew when asked
         run.close()
+
+
+def _earlier(
+    learner: Learner, data: Source, recipe: Recipe, path: Path, resume: str, progress: Progress, where: Plan, ranks: Ranks
+) -> None:
+    """Train what the method needs before, run by run in PATH/before-1, ..., and begin where the last one ended."""
+    runs = () if getattr(learner.config, "teachers", ()) else type(learner.method).earlier(recipe)
+    before: Learner | None = None
+    for k, earlier in enumerate(runs, 1):
+        nets = " + ".join(earlier.nets.names)
+        progress.line(f"run {k} of {len(runs) + 1}: {earlier.method.name} {nets}, in {path / f'before-{k}'}")
+        made = Learner.build(earlier, len(data.classes), data.channels, data.size, learner.spec.samples)
+        if before:
+            made.begin(before)
+        _fit(made, data, earlier, path / f"before-{k}", resume, progress, where, ranks, first=False)
+        before = made
+    if before:
+        learner.begin(before)
+        progress.line(f"run {len(runs) + 1} of {len(runs) + 1}: {recipe.method.name}")
 
 
 def recipe_of(learner: Learner, data: Source) -> Recipe:
@@ -177,7 +215,9 @@ def unfinished(run: Path, recipe: Recipe) -> bool:
         state = checkpoint.newest(run / "last")
     except (OSError, ValueError, CheckpointError):
         return False
-    if state is None or stored.get("name") != recipe.name or differences(stored, recipe):
+    if stored.get("name") != recipe.name or differences(stored, recipe):
         return False
+    if state is None:
+        return (run / "before-1").is_dir()  # stopped in a run that has to be finished first
     at, limit = state["position"], recipe.run.max_steps
     return int(at["epoch"]) < recipe.sched.epochs and (limit is None or int(at["step"]) < limit)

@@ -168,6 +168,16 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     return state
 
 
+def note(folder: Path) -> dict[str, Any]:
+    """What was noted beside the newest checkpoint of `folder` (step, epoch, digest, ...), without loading it; {} where there
+    is none."""
+    for at in whole(folder)[:1]:
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads((folder / f"{_stem(at)}.json").read_text())
+            return found if isinstance(found, dict) else {}
+    return {}
+
+
 def newest(folder: Path, device: torch.device | str = "cpu", warn: Any = None) -> dict[str, Any] | None:
     """The newest whole checkpoint of `folder`, None where there is none yet.
 

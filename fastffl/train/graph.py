@@ -318,12 +318,12 @@ class Stepper:
 
     def __call__(self, batch: Batch) -> None:
         if batch.x.is_cuda and not self._primed and self.step.ranks.alone:
-            prime(self.step, batch.x, *batch.labels)
+            prime(self.step, *self.step.given(batch))
         self._primed = True
         if self._graphed is None:
             self.step(batch)
         else:
-            self._graphed(batch.x, *batch.labels)
+            self._graphed(*self.step.given(batch))
 
     def close(self) -> None:
         """Drop the graphs and their memory; the learner is a plain module again."""

@@ -68,6 +68,8 @@ class Trainer:
         data.say = self._say if self.ranks.first else self.ranks.say  # what one rank alone meets
         learner.place(plan)
         learner.loss.smoothing = recipe.data.smoothing
+        learner.method.prepare(getattr(data, "labels", None))
+        self.views = {"views": learner.needs.views} if learner.needs.views > 1 else {}
         self.optimizer = optim.build(learner, recipe.optim)
         self.step = Step(learner, self.optimizer, recipe, plan.device, self.ranks)
         graph = recipe.run.graph == "auto"
@@ -102,6 +104,7 @@ class Trainer:
             "recipe": self.recipe.json_text(),
             "classes": list(self.data.classes),
             "samples": self.samples,
+            "ids": self.learner.spec.samples,
             "shape": [self.data.channels, self.data.size],
             "normal": [list(self.data.mean), list(self.data.std)],
             "time": {"seconds": self.seconds, "wait": self.wait, "images": self.images},
@@ -215,7 +218,7 @@ class Trainer:
         def tick() -> None:
             self.seconds = seconds + time.perf_counter() - begin
 
-        batches = self.data.train(self.batch_size, run.seed, self.epoch, self.batch)
+        batches = self.data.train(self.batch_size, run.seed, self.epoch, self.batch, **self.views)
         for batch in self._timed(ahead(batches, self.streams, self._put)):
             self.ranks.mark(f"step {self.count + 1}")
             self.step.rate(schedule.rate(sched, self.recipe.peak_lr, self.epoch, self.batch, self.steps))
@@ -261,6 +264,7 @@ class Trainer:
         better = False
         if final or (self.epoch + 1) % run.eval_every == 0:
             row["val"], better = self._evaluate(stop)
+            row["ships"] = self.ships
         self.epoch, self.batch = self.epoch + 1, 0
         self.step.meters.clear()
         self.run.row(row)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastffl_kernels.sgd_flat import FlatParameters, FlatSGD
@@ -24,11 +24,12 @@ LOWERED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose
 def groups(learner: Learner, optim: Optim) -> list[dict[str, object]]:
     """Parameter groups: peers and method, each split into decayed and (where the recipe says so) not decayed norm and bias.
 
-    Every trainable parameter is in exactly one group; a shared stem counts once.
+    Every trainable parameter is in exactly one group, or in an objective; a shared stem counts once.
     """
     own = learner.method.decay()
     made: list[dict[str, object]] = []
-    seen: set[int] = set()
+    # what the method has for its objectives alone is theirs
+    seen = {id(p) for o in learner.objectives for p in o.params} & {id(p) for p in learner.method.parameters()}
     for name, module, decay in (
         ("peers", learner.cohort, optim.weight_decay),
         ("method", learner.method, optim.weight_decay if own is None else own),
@@ -126,6 +127,11 @@ class Lowered:
         found = [(m._parameters, name, p) for m in layers for name, p in m._parameters.items() if p is not None]
         leaves = flat.lower(p for _, _, p in found) if flat.shadow is not None else {}
         self._slots = [(slot, name, p, leaves[p]) for slot, name, p in found if p in leaves]
+        self._leaves = leaves
+
+    def leaf(self, p: nn.Parameter) -> Tensor:
+        """What the block computes with in place of `p`."""
+        return self._leaves.get(p, p)
 
     @contextmanager
     def __call__(self) -> Iterator[None]:

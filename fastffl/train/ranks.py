@@ -112,6 +112,17 @@ class Ranks:
                 dist.all_reduce(t)
                 t.div_(self.size)
 
+    def rows(self, x: Tensor, fill: int) -> Tensor:
+        """(N, ...) of all ranks, one after the other: those with fewer rows than others end in rows of `fill`. A host read."""
+        if self.alone:
+            return x
+        most = max(self.gather(len(x)))
+        mine = x.new_full((most, *x.shape[1:]), fill)
+        mine[: len(x)] = x
+        every = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(every, mine)
+        return torch.cat(every)
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank."""
         if self.alone:

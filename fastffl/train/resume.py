@@ -15,7 +15,20 @@ from .randomness import rng_state, seed_all, set_rng_state
 from .ranks import Ranks
 from .step import Step
 
-TRAINED = ("learner", "optimizer", "scaler", "average", "meters", "skips", "position", "last", "best", "rng", "ranks")
+TRAINED = (
+    "learner",
+    "optimizer",
+    "objectives",
+    "scaler",
+    "average",
+    "meters",
+    "skips",
+    "position",
+    "last",
+    "best",
+    "rng",
+    "ranks",
+)
 
 
 def digest(state: dict[str, Any]) -> str:

@@ -137,9 +137,9 @@ def fresh(parent: Path, name: str) -> Path:
 
 def environment() -> dict[str, Any]:
     """Versions and hardware that a result depends on."""
-    import timm
+    from importlib.metadata import version
+
     import torch
-    import torchvision
 
     from .. import __version__
 
@@ -148,8 +148,8 @@ def environment() -> dict[str, Any]:
         "fastffl": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
+        "torchvision": version("torchvision"),  # not imported for it: that takes as long as importing torch
+        "timm": version("timm"),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),

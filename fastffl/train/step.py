@@ -19,10 +19,12 @@ from fastffl_kernels import GuardState, Verdict, guard
 from fastffl_kernels.sgd_flat import FlatParameters, FlatSGD
 
 from ..errors import NumericsError, UsageError
+from ..nets import MeanTeacher
 from ..nets.fused_norm import fuse_norms, unfuse_norms
 from ..recipe import Recipe
 from ..values import UNLABELLED, Batch
-from .learner import Learner
+from .learner import Learner, Out
+from .objectives import Objectives
 from .optim import Lowered, flat_of
 from .ranks import Ranks
 
@@ -70,7 +72,8 @@ class Scaler:
 
 
 class Average:
-    """Exponential moving average of a learner: a <- a + (1 - d) (w - a), d = min(decay, (1 + n) / (10 + n)); buffers copied.
+    """Exponential moving average of a learner: a <- a + (1 - d) (w - a), d = min(decay, (1 + n) / (10 + n)); the norms' buffers
+    copied. What no optimizer steps (frozen and averaged teachers, memories, counters) is the learner's own, in one memory.
 
     flat   the learner's parameters where they lie in one buffer: the average's then do, too
     """
@@ -79,16 +82,26 @@ class Average:
         self.model = copy.deepcopy(learner).requires_grad_(False).eval()
         self.decay = decay
         self.count = torch.zeros((), device=next(learner.parameters()).device)
+        norms = {id(b) for m in self.model.modules() if isinstance(m, _NormBase) for b in m._buffers.values()}
+        for own, theirs in zip(self.model.buffers(), learner.buffers(), strict=True):
+            if id(own) not in norms:
+                own.data = theirs.data
         self.buffers = NormBuffers(self.model)
         self._whole = flat is not None
-        pairs = list(zip(self.model.parameters(), learner.parameters(), strict=True))
+        trained = None if flat is None else set(flat.params)
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for mine, p in zip(self.model.parameters(), learner.parameters(), strict=True):
+            if p.requires_grad if trained is None else p in trained:
+                pairs.append((mine, p))
+            else:  # an averaged teacher changes after every step, by no optimizer
+                mine.data = p.data
         if flat is None:
             self._mine, self._theirs = [list(side) for side in zip(*pairs, strict=True)]
             return
         whole = torch.zeros_like(flat.p)
-        of: dict[Tensor, Tensor] = {p: mine for mine, p in pairs}
-        for k, p in enumerate(flat.params):  # parameters that are not trained stay as they are
-            of[p].data = flat.view(whole, k).copy_(p.detach())
+        of: dict[Tensor, Tensor] = {b: a for a, b in pairs}
+        for k, w in enumerate(flat.params):
+            of[w].data = flat.view(whole, k).copy_(w.detach())
         self._mine, self._theirs = [whole], [flat.p]
 
     @torch.no_grad()
@@ -108,7 +121,7 @@ class Meters:
     """Device sums over finite steps since the last `read`: loss terms weighted by rows, top-1 counts, rows."""
 
     def __init__(self, learner: Learner, device: torch.device):
-        self.terms, self.nodes = learner.graph.terms, learner.graph.nodes
+        self.terms, self.nodes = learner.terms, learner.graph.nodes
         self.term_sum = torch.zeros(len(self.terms), dtype=torch.float64, device=device)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.top1 = torch.zeros(len(self.nodes), dtype=torch.int64, device=device)
@@ -143,9 +156,11 @@ class Step:
         self.params = [p for g in optimizer.param_groups for p in g["params"]]
         self.flat = flat_of(optimizer)
         # DDP sees gradients of parameters, not those of their half-precision leaves
-        self.lowered = Lowered(learner, self.flat) if self.flat and self.ranks.alone else nullcontext
+        lowered = Lowered(learner, self.flat) if self.flat and self.ranks.alone else None
+        self.lowered = lowered or nullcontext
         if self.flat:
-            fuse_norms(learner.cohort)
+            for part in self._nets:
+                fuse_norms(part)
         self.buffers = NormBuffers(learner)
         self.scaler = Scaler(device) if learner.amp_dtype == torch.float16 else None
         self.average = Average(learner, recipe.ema.decay, self.flat) if recipe.ema.decay else None
@@ -153,18 +168,27 @@ class Step:
         self.w, self.one = torch.ones((), device=device), torch.ones((), device=device)
         self.lr = torch.full((), recipe.optim.lr, device=device)
         self._checked = False
-        self.forward = self.ranks.wrapped(learner, self.accum)
+        self.objectives = Objectives(learner, device, lowered.leaf if lowered else lambda p: p)
+        self.peak = recipe.peak_lr
+        # autograd.grad knows nothing of DDP: with objectives all gradients are reduced by hand
+        self.by_hand = bool(self.objectives) and not self.ranks.alone
+        self.forward = learner if self.by_hand else self.ranks.wrapped(learner, self.accum)
         self.finite = torch.ones((), dtype=torch.bool, device=device)  # this rank's own loss in the last step
-        self.names = (*learner.graph.terms, "gradient")
+        self.names = (*learner.terms, "gradient")
         self.streak = torch.zeros((), dtype=torch.int64, device=device)  # non-finite steps in a row
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # all steps that changed nothing
         self.bad = torch.zeros(len(self.names), dtype=torch.bool, device=device)  # terms of the streak's first step
-        self._set = {"lr": recipe.optim.lr, "w": 1.0}  # what the device holds
+        self._set = {"lr": float("nan"), "w": 1.0}  # what the device holds; NaN: not set yet
         if self.flat:
             self._share_rate()
 
+    @property
+    def _nets(self) -> list[nn.Module]:
+        return [part for part in (self.learner.cohort, self.learner.teacher) if part is not None]
+
     def forget(self) -> None:
         """Drop all gradients, as after a step."""
+        self.objectives.forget()
         for p in self.learner.parameters():
             p.grad = None
         self.optimizer.zero_grad(set_to_none=True)
@@ -172,7 +196,8 @@ class Step:
     def close(self) -> None:
         """After the last step: the peers are of their own classes again."""
         if self.flat:
-            unfuse_norms(self.learner.cohort)
+            for part in self._nets:
+                unfuse_norms(part)
 
     def _share_rate(self) -> None:
         """One device value as the rate of all groups: a replayed graph reads it."""
@@ -185,30 +210,48 @@ class Step:
             self._set["w"] = w
 
     def rate(self, lr: float) -> None:
-        if self.flat is None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-        elif lr != self._set["lr"]:
+        if lr == self._set["lr"] and self.flat:
+            return
+        self._set["lr"] = lr
+        self.objectives.rate(lr / self.peak)
+        if self.flat:
             self.lr.fill_(lr)
-            self._set["lr"] = lr
+            return
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def given(self, batch: Batch) -> tuple[Tensor, ...]:
+        """What `update` is called with."""
+        return (batch.x, *batch.labels, batch.id) if self.learner.needs.ids else (batch.x, *batch.labels)
 
     def __call__(self, batch: Batch) -> None:
-        self.update(batch.x, *batch.labels)
+        self.update(*self.given(batch))
 
     def update(self, x: Tensor, *labels: Tensor) -> None:
-        """One step on x (B, channels, S, S) and its labels (B,), for a mixed batch followed by the partners' and the weights of
-        the first. All it leaves behind is in tensors that outlive it."""
+        """One step on x (views B, channels, S, S) and its labels (B,), for a mixed batch followed by the partners' and the
+        weights of the first, where the learner needs them by the ids. All it leaves behind is in tensors that outlive it."""
         saved = self.buffers.save()
-        loss, ce, kl, top1, rows = self._gradients(x, labels)
+        kept: list[tuple[Tensor, ...]] = []
+        loss, ce, kl, top1, rows = self._gradients(x, labels, kept)
         with torch.no_grad():
             verdict = self._judge(loss, ce, kl, top1, rows)
             self._apply(verdict)
             self.buffers.restore(saved, verdict.ok)
+            self._follow(kept, labels, verdict.ok)
             if self.average:
                 assert verdict.blend is not None
                 self.average.update(self.buffers, verdict.blend)
 
-    def _gradients(self, x: Tensor, labels: tuple[Tensor, ...]) -> list[Tensor]:
+    def _follow(self, kept: list[tuple[Tensor, ...]], labels: tuple[Tensor, ...], ok: Tensor) -> None:
+        """What else changes after a step that counted: the averaged teacher, the method's memory."""
+        if isinstance(self.learner.teacher, MeanTeacher):
+            self.learner.teacher.follow(self.learner.cohort, ok)
+        if self.learner.needs.ids:
+            rows = [torch.cat(part) for part in zip(*kept, strict=True)]
+            *values, y, ids = (self.ranks.rows(t, fill=-1) for t in (*rows, labels[0], labels[-1]))
+            self.learner.method.after_step(values, y, ids, ok)
+
+    def _gradients(self, x: Tensor, labels: tuple[Tensor, ...], kept: list[tuple[Tensor, ...]]) -> list[Tensor]:
         """Backward over the accumulation parts; the batch's mean loss, ce and kl, its top-1 counts and rows.
 
         The batch is that of all ranks. Its mean is over its labelled samples, which ranks and parts may hold unequal numbers of:
@@ -216,8 +259,10 @@ class Step:
         """
         up = self.one if self.scaler is None else self.scaler.scale
         if self.accum == 1 and self.ranks.alone:
-            return self._part(x, labels, up)
-        parts = [(x_k, labels_k) for x_k, *labels_k in zip(*(t.chunk(self.accum) for t in (x, *labels)), strict=True)]
+            return self._part(x, labels, up, kept)
+        views = [v.chunk(self.accum) for v in x.chunk(len(x) // len(labels[0]))]
+        images = [v[0] if len(v) == 1 else torch.cat(v) for v in zip(*views, strict=True)]
+        parts = [(x_k, labels_k) for x_k, *labels_k in zip(images, *(t.chunk(self.accum) for t in labels), strict=True)]
         counts = [_labelled(labels_k) for _, labels_k in parts]
         total = torch.stack(counts).sum()
         wait = self.ranks.begin_sum(total)
@@ -227,14 +272,18 @@ class Step:
                 wait()
                 total.clamp_(min=1)
             share = count / total
-            with nullcontext() if k == len(parts) - 1 or self.ranks.alone else self.forward.no_sync():  # type: ignore[operator]
-                *means, top1, rows = self._part(part_x, tuple(part_labels), up * share * self.ranks.size)
+            last = k == len(parts) - 1 or self.ranks.alone or self.by_hand
+            with nullcontext() if last else self.forward.no_sync():  # type: ignore[operator]
+                *means, top1, rows = self._part(part_x, tuple(part_labels), up * share * self.ranks.size, kept)
             part = [*(m * share for m in means), top1, rows]
             sums = part if sums is None else [a + b for a, b in zip(sums, part, strict=True)]
         assert sums is not None
         if self.ranks.alone:
             return sums
-        self._complete()
+        if self.by_hand:
+            self.ranks.mean([*self._grads(), *self.objectives.grads])
+        else:
+            self._complete()
         return self._summed(sums)
 
     def _complete(self) -> None:
@@ -256,14 +305,19 @@ class Step:
         parts = whole.split([t.numel() for t in mine])
         return [p.view(t.shape).to(t.dtype) for p, t in zip(parts, mine, strict=True)]
 
-    def _part(self, x: Tensor, labels: tuple[Tensor, ...], up: Tensor) -> list[Tensor]:
+    def _part(self, x: Tensor, labels: tuple[Tensor, ...], up: Tensor, kept: list[tuple[Tensor, ...]]) -> list[Tensor]:
         """Forward and backward; `up` is the gradient of the loss, given so that nothing is multiplied by it on the way."""
         with self.lowered():
-            out = self.forward(x, labels[0], self.w, *labels[1:])
-        out.loss.backward(up)
+            out: Out = self.forward(x, labels[0], self.w, *labels[1:])
+        out.loss.backward(up, retain_graph=bool(self.objectives))
+        if self.objectives:
+            self.objectives.add(out.others, up, self.scaler.scale if self.scaler else None)
         if self.flat:
             self.flat.adopt()  # part by part: half-precision gradients are summed in fp32
-        return [out.loss.detach(), out.ce, out.kl, out.top1, out.rows]
+        kept.append(out.kept)
+        more = [t.detach() for t in (*out.extra, *out.others)]
+        kl = torch.cat([out.kl, torch.stack(more)]) if more else out.kl
+        return [out.loss.detach(), out.ce, kl, out.top1, out.rows]
 
     def _judge(self, loss: Tensor, ce: Tensor, kl: Tensor, top1: Tensor, rows: Tensor) -> Verdict:
         """Whether the step counts, by what its gradients are multiplied, and the books."""
@@ -281,7 +335,12 @@ class Step:
             good=good,
             count=average.count if average else None,
         )
-        by = {"grads": self.flat.g} if self.flat else {"norm": get_total_norm(self._grads())}
+        if self.flat and not self.objectives:
+            by = {"grads": self.flat.g}
+        else:
+            by = {"norm": get_total_norm(self._grads())}
+        if self.objectives:
+            by["norm"] = by["norm"] + self.objectives.finite()
         decay = average.decay if average else 0.0
         return guard(loss, ce, kl, top1, rows, state, clip=self.clip, decay=decay, limit=LIMIT, **by)
 
@@ -299,6 +358,10 @@ class Step:
             optimizer.found_inf = verdict.found_inf  # type: ignore[attr-defined]  # read by torch's fused optimizers
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if self.objectives:
+            self.objectives.step(verdict.found_inf)
+            if self.flat:
+                self.flat.refresh()
 
     def check(self) -> int:
         """Host read: steps skipped so far. NumericsError, naming the terms, after LIMIT non-finite steps in a row."""
@@ -324,6 +387,7 @@ class Step:
         return {
             "learner": self.learner.state_dict(),
             "optimizer": self._optimizer_state(),
+            **({"objectives": self.objectives.state()} if self.objectives else {}),
             "scaler": self.scaler.state() if self.scaler else {},
             "average": {"model": self.average.model.state_dict(), "count": self.average.count} if self.average else {},
             "meters": self.meters.state(),
@@ -344,6 +408,8 @@ class Step:
         self.optimizer.load_state_dict(state["optimizer"])
         for group, how in zip(self.optimizer.param_groups, mine, strict=True):
             group.update(how)  # a run may have begun on another device
+        if self.objectives:
+            self.objectives.load(state["objectives"])
         if self.flat:
             self._share_rate()
         if self.scaler:

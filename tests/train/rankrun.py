@@ -36,8 +36,8 @@ class Faulty:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
 
-    def train(self, batch_size: int, seed: int, epoch: int, start: int = 0) -> Any:
-        for k, batch in enumerate(self._source.train(batch_size, seed, epoch, start), start):
+    def train(self, batch_size: int, seed: int, epoch: int, start: int = 0, **more: Any) -> Any:
+        for k, batch in enumerate(self._source.train(batch_size, seed, epoch, start, **more), start):
             if epoch * tiny.STEPS + k >= self._at:
                 batch = self._harm(batch, epoch * tiny.STEPS + k == self._at)
             yield batch

@@ -74,7 +74,7 @@ def test_the_flat_step_equals_the_plain_one(name: str) -> None:
 def test_the_first_gradients_are_the_same_bits(dtype: torch.dtype | None) -> None:
     """A shadow is the weight rounded as autocast would round it, so the first forward and backward agree to the bit."""
     plain, flat = pair(tiny.recipe(), dtype)
-    plain._gradients(batch().x, batch().labels), flat._gradients(batch().x, batch().labels)
+    plain._gradients(batch().x, batch().labels, []), flat._gradients(batch().x, batch().labels, [])
     for p, q in zip(plain.params, flat.params, strict=True):
         assert p.grad is not None and q.grad is not None and q.grad.dtype == torch.float32
         assert torch.equal(p.grad, q.grad)
@@ -83,7 +83,7 @@ def test_the_first_gradients_are_the_same_bits(dtype: torch.dtype | None) -> Non
 def test_parts_of_a_batch_are_summed_in_fp32() -> None:
     """Sums in bf16 would lose bits that the plain step, whose gradients autocast casts back one by one, keeps."""
     plain, flat = pair(tiny.recipe(optim__accum=4), BF16)
-    plain._gradients(batch().x, batch().labels), flat._gradients(batch().x, batch().labels)
+    plain._gradients(batch().x, batch().labels, []), flat._gradients(batch().x, batch().labels, [])
     for p, q in zip(plain.params, flat.params, strict=True):
         assert p.grad is not None and q.grad is not None
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-6, atol=1e-7)

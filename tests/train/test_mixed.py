@@ -70,7 +70,7 @@ def test_the_gradient_is_that_of_the_formula(smoothing: float, bad: tuple[int, .
         b = b._replace(y2=None, mix=None)
     want = expected(step, b, smoothing)
     wanted = torch.autograd.grad(want, step.params)
-    loss, *_ = step._gradients(b.x, b.labels)
+    loss, *_ = step._gradients(b.x, b.labels, [])
     assert float(loss) == pytest.approx(float(want.detach()), rel=1e-5)
     for p, g in zip(step.params, wanted, strict=True):
         assert p.grad is not None

@@ -12,7 +12,7 @@ import torch
 
 from fastffl.errors import CheckpointError, Interrupted, NumericsError, UsageError
 from fastffl.recipe import change
-from fastffl.train import checkpoint
+from fastffl.train import Learner, checkpoint
 from fastffl.train.progress import Progress
 from fastffl.train.resume import TRAINED, digest
 from fastffl.train.rundir import RunDir, rows_of
@@ -181,7 +181,8 @@ def test_a_streak_of_bad_steps_goes_on_after_resume(tmp_path: Path) -> None:
 
 def test_the_digest_is_of_every_part_that_is_trained(cut_run: tuple[Path, str]) -> None:
     state = tiny.stored(cut_run[0])
-    assert set(TRAINED) - {"ranks"} == set(state) - {"recipe", "classes", "samples", "shape", "normal", "time"}
+    facts = {"recipe", "classes", "samples", "ids", "shape", "normal", "time"}
+    assert set(TRAINED) - {"ranks", "objectives"} == set(state) - facts
     assert set(state["optimizer"]) == {"state", "param_groups"} and state["scaler"] and state["average"]
 
 
@@ -248,8 +249,10 @@ def test_rows_hold_what_the_design_says(uninterrupted: dict[str, Any]) -> None:
 def test_resume_refuses_another_recipe_and_names_the_change(tmp_path: Path, path: str, value: Any, text: str) -> None:
     tiny.train(tmp_path, tiny.recipe(run__max_steps=2))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"}
+    made = change(tiny.recipe(), path, value)
+    learner = Learner([tiny.Small(), tiny.Small()], made.method, classes=3, size=8, channels=1)
     with pytest.raises(CheckpointError, match=text):
-        tiny.train(tmp_path, change(tiny.recipe(), path, value))
+        tiny.train(tmp_path, made, learner=learner)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"} == before
 
 

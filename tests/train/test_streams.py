@@ -170,5 +170,5 @@ def test_branches_of_one_job_need_no_stream() -> None:
     b = Branches(streams)
     b.on = True
     with tampered() as t:
-        assert b.run([lambda: 7], torch.zeros(1), lambda r: []) == [7]
+        assert b.run([lambda: 7], [torch.zeros(1)], lambda r: []) == [7]
     assert t.count == 0

@@ -101,8 +101,8 @@ class StopAt:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
 
-    def train(self, batch_size: int, seed: int, epoch: int, start: int = 0) -> Any:
-        for k, batch in enumerate(self._source.train(batch_size, seed, epoch, start), start):
+    def train(self, batch_size: int, seed: int, epoch: int, start: int = 0, **more: Any) -> Any:
+        for k, batch in enumerate(self._source.train(batch_size, seed, epoch, start, **more), start):
             if epoch * STEPS + k == self._at:
                 raise self._error("stopped by the test")
             yield batch
@@ -115,8 +115,8 @@ class NaNAt(StopAt):
         super().__init__(source, at)
         self._count = count
 
-    def train(self, batch_size: int, seed: int, epoch: int, start: int = 0) -> Any:
-        for k, batch in enumerate(self._source.train(batch_size, seed, epoch, start), start):
+    def train(self, batch_size: int, seed: int, epoch: int, start: int = 0, **more: Any) -> Any:
+        for k, batch in enumerate(self._source.train(batch_size, seed, epoch, start, **more), start):
             if self._at <= epoch * STEPS + k < self._at + self._count:
                 batch.x[1, 0, 2, 2] = float("nan")
             yield batch
@@ -135,8 +135,8 @@ class SignalAt(StopAt):
         super().__init__(data(), at)
         self.signum = signum
 
-    def train(self, batch_size: int, seed: int, epoch: int, start: int = 0) -> Any:
-        for k, batch in enumerate(self._source.train(batch_size, seed, epoch, start), start):
+    def train(self, batch_size: int, seed: int, epoch: int, start: int = 0, **more: Any) -> Any:
+        for k, batch in enumerate(self._source.train(batch_size, seed, epoch, start, **more), start):
             if epoch * STEPS + k == self._at:
                 signal_self(self.signum)
             yield batch
