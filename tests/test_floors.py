@@ -14,8 +14,8 @@ FLOORS = [
     {"nets", "fusion", "data", "losses"},
     {"methods"},
     {"train", "evaluation", "exporting"},
-    {"recipes", "runs"},
-    {"bench", "cli", "doctor", "slurm", "__main__"},
+    {"recipes", "runs", "checks", "cards"},
+    {"bench", "cli", "doctor", "report", "slurm", "sweep", "__main__"},
 ]
 
 

@@ -15,13 +15,6 @@ from ._base import Method
 
 class DML(Method):
     name = "dml"
-    paper = "Zhang, Xiang, Hospedales and Lu, Deep Mutual Learning, CVPR 2018"
-    summary = "Separate peers teach each other with their predictions, pair by pair. No teacher stands above them."
-    status = "partial"
-    deviations = (
-        "The loss is the paper's as it is commonly quoted; its code sums over the peers without 1/(K-1). "
-        "All peers learn at once from one batch; the paper's algorithm updates them in turn."
-    )
     min_peers = 2
 
     class Config(MethodConfig):

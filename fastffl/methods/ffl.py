@@ -19,17 +19,6 @@ from ._base import Method
 
 class FFL(Method):
     name = "ffl"
-    paper = "Kim, Hyun, Chung and Kwak, Feature Fusion Learning for Online Knowledge Distillation, ICPR 2020 (arXiv 1904.09058)"
-    summary = (
-        "A fusion module joins the peers' last feature maps into a stronger classifier. "
-        "The peers' mean teaches the fused classifier, which teaches each peer."
-    )
-    status = "faithful"
-    deviations = (
-        "None from the official code with the recipe ffl-cifar100-resnet32; the paper's text was not read. "
-        "Left open there: unequal nets (here the fused map is as wide as the widest peer, maps averaged to the smallest grid) "
-        "and more than two peers (here terms are summed, not divided by their number)."
-    )
     min_peers = 2
     share = True
 
@@ -74,7 +63,7 @@ class FFL(Method):
             votes=(fused, *p, mean),
         )
 
-    def nodes(self, peers: Peers) -> dict[str, Tensor]:
+    def nodes(self, peers: Peers, y: Tensor | None = None) -> dict[str, Tensor]:
         maps = [f.detach() for f in peers.maps] if self.config.detach_features else peers.maps
         return {"fused": self.fuse(maps)}
 

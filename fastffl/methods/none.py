@@ -9,10 +9,6 @@ from ._base import Method
 
 class Alone(Method):
     name = "none"
-    paper = "the vanilla baseline"
-    summary = "Each peer is trained alone, from the labels only. What every other method is measured against."
-    status = "faithful"
-    deviations = "None."
     stem = "separate"
 
     class Config(MethodConfig):

@@ -17,10 +17,6 @@ from ._base import Method
 
 class ONE(Method):
     name = "one"
-    paper = "Lan, Zhu and Gong, Knowledge Distillation by On-the-Fly Native Ensemble, NeurIPS 2018"
-    summary = "Branches on one shared stem; a gate weighs their logits image by image. The gated ensemble teaches each branch."
-    status = "faithful"
-    deviations = "None from its code's loss and gate; the ramp is the code's, the paper has none."
     min_peers = 2
     stem = "shared"
     share = True
@@ -48,6 +44,6 @@ class ONE(Method):
             votes=(*p, "gate", "mean"),
         )
 
-    def nodes(self, peers: Peers) -> dict[str, Tensor]:
+    def nodes(self, peers: Peers, y: Tensor | None = None) -> dict[str, Tensor]:
         assert peers.stem is not None
         return {"gate": self.gate(peers.stem, peers.z)}
