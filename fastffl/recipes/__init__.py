@@ -1,4 +1,5 @@
-"""Recipes by name: functions that return one complete Recipe. Every recipe has a `none-` twin: the same peers alone."""
+"""Recipes by name: functions that return one complete Recipe. A recipe has a `none-` twin, the same peers alone, but for those
+that are a comparison already."""
 
 import json
 from collections.abc import Callable
@@ -12,26 +13,33 @@ from ..errors import UsageError, nearest
 from ..recipe import MethodConfig, Recipe
 
 RECIPES: dict[str, Callable[[], Recipe]] = {}
+ALONE: set[str] = set()  # those without a twin
 
 
-def recipe(make: Callable[[], Recipe]) -> Callable[[], Recipe]:
-    """Register a recipe function under its name, `_` as `-`. A name is taken once."""
-    name = make.__name__.replace("_", "-")
+def register(name: str, make: Callable[[], Recipe], twin: bool = True) -> None:
+    """Make `make` the recipe `name`. A name is taken once."""
     if name in RECIPES:
         raise ValueError(f"two recipes are called {name!r}")
     RECIPES[name] = make
+    if not twin:
+        ALONE.add(name)
+
+
+def recipe(make: Callable[[], Recipe]) -> Callable[[], Recipe]:
+    """Register a recipe function under its name, `_` as `-`."""
+    register(make.__name__.replace("_", "-"), make)
     return make
 
 
 def names() -> list[str]:
-    """Every recipe, each followed by its twin."""
-    return [n for name in RECIPES for n in (name, f"none-{name}")]
+    """Every recipe, each followed by its twin where it has one."""
+    return [n for name in RECIPES for n in ((name,) if name in ALONE else (name, f"none-{name}"))]
 
 
 def load(name: str) -> Recipe:
     """The recipe `name`. UsageError with the nearest name where there is none."""
     base = name.removeprefix("none-")
-    if base not in RECIPES:
+    if base not in RECIPES or name not in names():
         raise UsageError(f"no recipe is called {name!r}{nearest(name, names())}")
     made = RECIPES[base]()
     assert made.name == base, f"recipe function {base} returns a recipe called {made.name}"
@@ -44,11 +52,14 @@ def load(name: str) -> Recipe:
 
 
 def with_method(made: Recipe, name: str) -> Recipe:
-    """The recipe with another method at that method's own defaults."""
-    if made.method.name == name:
+    """The recipe with another method at that method's own defaults, its peers as that method arranges them."""
+    kind = methods.load(name)
+    if made.method.name == name and len(made.nets.names) >= kind.min_peers:
         return made
-    config = methods.load(name).Config(name=name)
-    nets = made.nets.model_copy(update={"share_stem": None})
+    names, config = kind.arranged(made.nets.names)
+    if made.method.name == name:
+        config = made.method
+    nets = made.nets.model_copy(update={"names": names, "share_stem": None, "private": None})
     return made.model_copy(update={"method": config, "nets": nets})
 
 
@@ -79,4 +90,4 @@ def read(path: Path) -> Recipe:
     return from_dict(stored, str(path))
 
 
-from . import cifar, folder, imagenet, tiny  # noqa: E402, F401  their functions register themselves
+from . import cifar, family, folder, imagenet, tiny  # noqa: E402, F401  their functions register themselves
