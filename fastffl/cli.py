@@ -20,7 +20,7 @@ from .errors import FastFFLError, ThresholdError, UsageError, nearest, printable
 if TYPE_CHECKING:
     from .recipe import Recipe
 
-VERBS = ("train", "evaluate", "export", "data", "bench", "recipes", "methods", "models", "slurm", "doctor")
+VERBS = ("train", "evaluate", "export", "data", "bench", "sweep", "report", "recipes", "methods", "models", "slurm", "doctor")
 GROUPS = {"bench": ("kernels", "train", "data"), "data": ("check", "prepare")}
 app = App(
     name="fastffl",
@@ -79,10 +79,20 @@ def _recipe(what: str, method: str | None, model: str | None, changes: dict[str,
         raise UsageError(f"{what}: there is no such folder; expected a recipe's name, a recipe.json or a folder of class folders")
     else:
         raise UsageError(f"no recipe and no folder is called {what!r}{nearest(what, recipes.names())}")
-    if method:
-        recipe = recipes.with_method(recipe, method)
     if model:
         recipe = change(recipe, "nets.names", model)
+    if method:
+        asked = recipe.nets.names
+        recipe = recipes.with_method(recipe, method)
+        if model and len(asked) > 1:  # peers named one by one stay; of a single one there are as many as the method needs
+            recipe = change(recipe, "nets.names", asked)
+    return _changed(recipe, changes, sets)
+
+
+def _changed(recipe: "Recipe", changes: dict[str, Any], sets: list[str] | None) -> "Recipe":
+    """The recipe with the flags' values, then those of --set."""
+    from .recipe import change
+
     for path, value in changes.items():
         if value is not None:
             recipe = change(recipe, path, value)
@@ -124,7 +134,7 @@ def train(
             "run.device": device,
         }
         chosen = _recipe(recipe, method, model, flags, sets)
-        from .data import Place, source
+        from .data import Place, ids, source
         from .train import Learner, fit, joined
         from .train.device import plan
         from .train.progress import Progress
@@ -133,7 +143,7 @@ def train(
             where = plan(chosen)
             place = Place(where.device, where.memory_format, where.images, ranks.rank, ranks.size)
             images = source(chosen.data, place)
-            learner = Learner.build(chosen, len(images.classes), images.channels, images.size)
+            learner = Learner.build(chosen, len(images.classes), images.channels, images.size, ids(images))
             progress = Progress(quiet=not ranks.first)
             _introduce(chosen, images, learner, where.text, ranks.size, progress.line)
             more: dict[str, Any] = {"progress": progress, "where": where, "ranks": ranks}
@@ -397,6 +407,96 @@ def bench_data(
 
 
 @app.command
+def sweep(
+    recipe: Annotated[str, Parameter(help="as for `fastffl train`, whose flags it takes, too")],
+    *,
+    methods: Annotated[str, Parameter(help="A,B,... or all (see `fastffl methods`)")],
+    seeds: Annotated[str, Parameter(help="0,1,2")] = "0,1,2",
+    jobs: Annotated[int | None, Parameter(help="runs at a time; default one per CUDA device, or one per core")] = None,
+    amp: Annotated[bool, Parameter(negative="")] = False,
+    model: str | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    data: str | None = None,
+    out: Annotated[str | None, Parameter(help="folder; default sweeps/NAME")] = None,
+    device: str | None = None,
+    sets: Sets = None,
+    json: Json = False,
+) -> None:
+    """Train a grid of methods and seeds. The same command again keeps what is finished and goes on with the rest."""
+    with _quiet_stdout(json):
+        from . import methods as known
+        from .recipes import with_method
+        from .sweep import grid, seeds_of
+        from .sweep import run as make
+
+        named = [n.strip() for n in methods.split(",") if n.strip()]
+        named = known.names() if named == ["all"] else list(dict.fromkeys(named))
+        if not named:
+            raise UsageError("--methods names none; expected A,B,... or all")
+        if any(item.partition("=")[0].strip() == "run.seed" for item in sets or []):
+            raise UsageError("--set run.seed: a sweep has a seed per run; give them with --seeds")
+        changes: dict[str, Any] = {"amp.enabled": amp or None, "sched.epochs": epochs, "data.batch_size": batch_size}
+        changes |= {"optim.lr": lr, "data.root": data, "run.device": device}
+        base = _recipe(recipe, None, model, {}, None)  # its peers as each method arranges them, p0 the same for all
+        chosen = {m: _changed(with_method(base, m), changes, sets) for m in named}
+        folder = Path(out) if out else Path("sweeps") / chosen[named[0]].name
+        made = make(grid(chosen, seeds_of(seeds), folder, jobs), _say)
+        found: Any = None
+        try:
+            from .report import table
+
+            found = table([folder])
+        except UsageError as error:  # nothing is finished, or the folder holds what was mixed on purpose
+            _say(f"no table: {error}")
+        if found and not json:
+            _report(found)
+            _say(f"next: fastffl report {folder} --format html")
+    if json:
+        _say(_dumps({**made.document, "report": found and found.document()}))
+    made.judge()
+
+
+@app.command
+def report(
+    folders: Annotated[list[str], Parameter(name="DIR", help="run folders, or folders that hold some")],
+    /,
+    *,
+    format: Annotated[str, Parameter(help="files to write: A,B of md, latex, html, csv; default none")] = "",
+    select: Annotated[Literal["last", "best"], Parameter(help="the epoch that is compared")] = "last",
+    baseline: Annotated[str | None, Parameter(help="method to test against; default none")] = None,
+    by: Annotated[str | None, Parameter(help="settings that tell rows apart: optim.lr,...")] = None,
+    out: Annotated[str | None, Parameter(help="folder of the files; default the first DIR")] = None,
+    force: Annotated[bool, Parameter(negative="", help="mix runs whose settings differ")] = False,
+    json: Json = False,
+) -> None:
+    """Table of runs: mean and spread of every vote over seeds, tested against the baseline. Refuses to mix settings."""
+    from .report import formats, table, write
+
+    names = formats(format)
+    paths = [p.strip() for p in (by or "").split(",") if p.strip()]
+    found = table(folders, select=select, baseline=baseline, by=paths, force=force)
+    files = write(found, names, Path(out or folders[0])) if names else []
+    if json:
+        _say(_dumps({**found.document(), "files": [str(f) for f in files]}))
+        return
+    _report(found)
+    if files:
+        _say(f"wrote {'   '.join(map(str, files))}")
+
+
+def _report(found: Any) -> None:
+    from .report.text import about, caution, summary
+
+    shown = summary(found, "+-", times=False)
+    _table(shown.columns, shown.rows, right=shown.right)
+    _say(f"{found.name}: {about(found)}\n{caution(found)}")
+    for text in found.warnings:
+        _say(f"warning: {text}")
+
+
+@app.command
 def recipes(name: str | None = None, /, *, json: Json = False) -> None:
     """List the recipes, or show one with every value."""
     from . import recipes as known
@@ -426,32 +526,48 @@ def _paper(method: str) -> str:
 
 
 @app.command
-def methods(name: str | None = None, /, *, json: Json = False) -> None:
-    """List the methods, or show one: its paper, graph and settings."""
+def methods(name: str | None = None, what: str | None = None, /, *, json: Json = False) -> int:
+    """List the methods, or show one: its card. `fastffl methods check NAME` runs what must hold for every method on one."""
     from . import methods as known
 
-    kinds = [known.load(n) for n in ([name] if name else known.names())]
-    if json:
-        keys = ("name", "paper", "summary", "status", "deviations", "min_peers", "stem")
-        _say(_dumps([{k: getattr(m, k) for k in keys} for m in kinds]))
-    elif name:
-        from .values import CohortSpec, MapSpec
+    if name == "check":
+        if what is None:
+            raise UsageError(f"name the method: fastffl methods check NAME; there are {', '.join(known.names())}")
+        return _check_method(what, json)
+    if what is not None:
+        raise UsageError(f"one method at a time, got {name} and {what}; or fastffl methods check {name}")
+    from . import cards
 
-        m = kinds[0]
-        k = max(2, m.min_peers)
-        stem = MapSpec(32, 16, 16) if m.stem == "shared" or m.share else None
-        spec = CohortSpec(nets=("resnet32",) * k, classes=100, maps=(MapSpec(64, 8, 8),) * k, stem=stem)
-        made = m(m.Config(name=m.name), spec)
-        extra = sum(p.numel() for p in made.parameters())
-        _say(f"{m.name}: {m.summary}\npaper:  {m.paper}\nstatus: {m.status}. {m.deviations}")
-        _say(f"stem:   {m.stem}, peers: {m.min_peers} or more\n")
-        _say(f"graph of {k} peers:\n  " + made.graph.text().replace("\n", "\n  "))
-        _say(f"\nextra parameters while training ({k} x resnet32, 100 classes): {extra:,}\nsettings (--set method.KEY=VALUE):")
-        for key, info in m.Config.model_fields.items():
-            if key != "name":
-                _say(f"  {key:16} {info.default!s:8} {info.description or ''}")
+    if json:
+        _say(_dumps([cards.of(n) for n in ([name] if name and known.load(name) else known.names())]))
+    elif name:
+        for line in cards.text(name):
+            _say(line)
     else:
-        _table(["method", "what it does", "paper"], [[m.name, m.summary, m.paper] for m in kinds], right=3)
+        found = [cards.of(n) for n in known.names()]
+        _table(
+            ["method", "what it does", "paper", "status"],
+            [[str(c[k]) for k in ("name", "summary", "paper", "status")] for c in found],
+            right=4,
+        )
+        _say("fastffl methods NAME shows one with its graph, its costs and what was published")
+    return 0
+
+
+def _check_method(name: str, json: bool) -> int:
+    """Run the generic checks on a method; 1 where one does not hold."""
+    with _quiet_stdout(json):
+        from .checks import run
+
+        found = run(name)
+        if not json:
+            for title, why in found.items():
+                _say(f"{'ok    ' if not why else 'WRONG '} {title}{f': {why}' if why else ''}")
+            bad = sum(bool(why) for why in found.values())
+            _say(f"{name}: {len(found) - bad} of {len(found)} checks hold")
+    if json:
+        _say(_dumps({"method": name, "checks": found}))
+    return 1 if any(found.values()) else 0
 
 
 @app.command
@@ -470,7 +586,8 @@ def models(
     from . import nets
 
     if name and not any(c in name for c in "*?["):
-        found = nets.facts(name, classes, channels, size or (32 if nets.ALIASES.get(name, name) in nets.ZOO else 224))
+        small = nets.known(name).partition("@")[0] in nets.ZOO
+        found = nets.facts(name, classes, channels, size or (32 if small else 224))
         if json:
             _say(_dumps(found._asdict()))
         else:

@@ -90,7 +90,7 @@ def report() -> list[Part]:
     cuda = _cuda()
     parts += [cuda, _package("triton", "triton", False, "kernels use the torch reference (same results)")]
     parts += [_dali(cuda.version.partition(" ")[0]), _apex()]
-    for extra, distribution in (("onnx", "onnx"), ("tb", "tensorboard"), ("wandb", "wandb"), ("report", "matplotlib")):
+    for extra, distribution in (("onnx", "onnx"), ("tb", "tensorboard"), ("wandb", "wandb")):
         parts.append(_package(extra, distribution, False, f'optional: pip install "fastffl[{extra}]"'))
     asked = os.environ.get("FASTFFL_KERNELS", "auto")
     known = asked in ("auto", "triton", "reference")
