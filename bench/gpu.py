@@ -14,6 +14,7 @@ dali      bench/dalichecks.py: DALI on the GPU against the CPU, and what damaged
 data      two ResNet-50 at 224 against the plain loop, torch.compile and fp32; `fastffl bench data` on --images, repeated in
           memory: real JPEGs against resident batches, decoding on the GPU against 16 processes. DIR/data.jsonl and the table
           of goals. What an earlier call of the same commit finished is not measured again
+methods   bench/methodchecks.py: every method's captured step equals its eager one, fp32 and bf16
 train     ffl-cifar100-resnet32 --amp and its twin (--data), each resumed from DIR/runs where an earlier call stopped; when one
           is done its row, wall time and errors beside the published ones, joins DIR/step.jsonl
 
@@ -41,7 +42,7 @@ from typing import Any
 import torch
 
 import fastffl_kernels
-from fastffl import recipes
+from fastffl import methods, recipes
 from fastffl.bench import cases, problems, roofline, timing, variants
 from fastffl.bench import data as load
 from fastffl.bench import kernels as benched
@@ -49,6 +50,7 @@ from fastffl.bench.problems import FULL
 from fastffl.bench.timing import ROOT, circumstances, read, write
 from fastffl.data import Place, source
 from fastffl.recipe import Recipe, change
+from fastffl.recipes.family import COMPARE
 from fastffl.train import Learner, fit, optim
 from fastffl.train.device import Plan, plan
 from fastffl.train.graph import computing
@@ -152,7 +154,7 @@ def check_kernels_on_off(device: str, steps: int) -> Row:
 
 
 # What an op gets of a block's time: the loss and the fusion module have most to compile, of ours and of rivals.
-SHARES = {"distill_graph": 0.37, "fuse_conv": 0.38, "bn_act": 0.12, "augment": 0.05, "guard": 0.03, "sgd_flat": 0.05}
+SHARES = {"distill_graph": 0.35, "fuse_conv": 0.36, "bn_act": 0.11, "augment": 0.05, "guard": 0.03, "sgd_flat": 0.05, "nce": 0.05}
 
 
 def part(ops: list[str], k: int) -> float:
@@ -368,22 +370,39 @@ def data(args: argparse.Namespace, emit: Callable[..., None]) -> None:
 PUBLISHED = {"fused": "25.56 +- 0.32", "p0": "27.06 +- 0.34", "p1": "27.06 +- 0.34"}  # errors, FFL slides
 
 
+def checked_methods(args: argparse.Namespace, emit: Callable[..., None]) -> None:
+    from methodchecks import every
+
+    every(emit, args.smoke)
+
+
 def train(args: argparse.Namespace, emit: Callable[..., None]) -> None:
+    runs(args, emit, "train", ["ffl-cifar100-resnet32", "none-ffl-cifar100-resnet32"], args.out / "step.jsonl")
+
+
+def compare(args: argparse.Namespace, emit: Callable[..., None]) -> None:
+    """One seed of every method in the common setting; those that an earlier call finished are not trained again."""
+    named = [COMPARE + m for m in sorted(methods.names(), key=lambda m: m not in ("none", "ffl", "dml", "one"))]
+    runs(args, emit, "compare", named[:2] if args.smoke else named, args.out / "compare.jsonl")
+
+
+def runs(args: argparse.Namespace, emit: Callable[..., None], block: str, names: list[str], rows: Path) -> None:
+    """Train recipes one after the other until the time is over, each resumed where an earlier call stopped it."""
     if not args.data and not args.smoke:
-        emit("train", "ffl-cifar100-resnet32", ok=False, error="no --data DIR given")
+        emit(block, names[0], ok=False, error="no --data DIR given")
         return
     end = time.monotonic() + 60 * args.minutes
-    for name in ("ffl-cifar100-resnet32", "none-ffl-cifar100-resnet32"):
+    for name in names:
         run, spent = args.out / "runs" / name, args.out / "runs" / f"{name}.seconds"
         command = [sys.executable, "-m", "fastffl", "train", "--amp", name, "--out", str(run), "--json"]
         if args.smoke:
-            command += ["--set", "data.loader=synthetic", "--model", "resnet8,resnet8", "--epochs", "1"]
+            command += ["--set", "data.loader=synthetic", "--epochs", "1", "--model", "resnet8,resnet8"]
             command += ["--set", "run.max_steps=2", "--set", "data.samples=256"]
         else:
             command += ["--data", str(args.data), "--set", "run.save_every=10"]
         left = end - time.monotonic()
         if left < 30:
-            emit("train", name, ok=False, error="out of time before it began; call again to go on")
+            emit(block, name, ok=False, error="out of time before it began; call again to go on")
             continue
         spent.parent.mkdir(parents=True, exist_ok=True)
         begin, said = time.monotonic(), args.out / "runs" / f"{name}.json"
@@ -392,17 +411,15 @@ def train(args: argparse.Namespace, emit: Callable[..., None]) -> None:
         seconds = float(spent.read_text()) if spent.is_file() else 0.0
         seconds += 0 if done else time.monotonic() - begin
         spent.write_text(f"{seconds:.2f}")  # of all calls so far: start, data, capture, epochs and evaluations
-        emit("train", name, ok=code == 0, exit_code=code, run=f"runs/{name}", seconds=seconds)
+        emit(block, name, ok=code == 0, exit_code=code, run=f"runs/{name}", seconds=seconds)
         if code == 0 and not done:
-            write(
-                args.out / "step.jsonl", [outcome(name, json.loads(said.read_text()), seconds, not args.smoke)], circumstances()
-            )
+            write(rows, [outcome(name, json.loads(said.read_text()), seconds, not args.smoke)], circumstances())
 
 
 def outcome(name: str, result: Row, seconds: float, cuda: bool) -> Row:
     """The row of a finished run: wall seconds, last-epoch error (%) of every vote, the published ones beside it."""
     errors = {vote: round(100 - r["last"], 2) for vote, r in result["results"].items()}
-    published = PUBLISHED if not name.startswith("none-") else {}
+    published = PUBLISHED if name == "ffl-cifar100-resnet32" else {}
     facts = {k: result[k] for k in ("epochs", "steps", "seed", "img_s", "digest")}
     row = {"kind": "run", "case": name, "variant": result["method"], "group": "ours", "cuda": cuda, "state": "ok"}
     return {
@@ -422,7 +439,7 @@ def main() -> None:
     parser.add_argument("--official", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--images", type=Path, help="JPEGs in class folders, or a tar of them; few will do")
-    parser.add_argument("--only", default="checks,graph,kernels,sanitize,step,dali,data,train")
+    parser.add_argument("--only", default="checks,graph,methods,kernels,sanitize,step,dali,data,train")
     parser.add_argument("--ops", default=",".join(FULL), help="of the blocks checks, kernels and sanitize")
     parser.add_argument("--cases", default="", help="of the block step; all that is compiled takes longer than a block")
     parser.add_argument("--minutes", type=float, default=9.0, help="for each block")
@@ -446,7 +463,8 @@ def main() -> None:
         print(row, flush=True)
 
     blocks = {"checks": checks, "graph": graph, "kernels": kernels, "sanitize": sanitize, "step": step}
-    blocks |= {"dali": dali, "data": data, "train": train}
+    blocks |= {"dali": dali, "data": data, "train": train, "compare": compare}
+    blocks["methods"] = checked_methods
     for name in args.only.split(","):
         if name not in blocks:
             sys.exit(f"error: --only {name}: expected some of {', '.join(blocks)}")

@@ -22,11 +22,12 @@ from torch import Tensor
 from checkrows import Row, run
 from fastffl.bench import kernels, problems, timing
 from fastffl.bench.problems import Inputs, Outputs, Problem
-from fastffl_kernels import _launch
+from fastffl_kernels import _launch, class_order
 
 GUARD, CANARY = 512, 0x5A
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGE = (1 << 31) + 4096  # elements of one tensor: offsets past it need 64 bits
+WIDTH = 128  # of the large banks' rows
 SAMPLED = 4096  # rows compared on either side of the 2^31st element, and at the end
 
 
@@ -59,6 +60,7 @@ def guarded() -> Iterator[Guards]:
 LOSSES = ((10, 2), (100, 2), (129, 1), (1000, 4), (1025, 2), (4097, 2))  # classes, peers
 FUSIONS = ((16, 16, 7, 10), (64, 33, 2, 1), (128, 64, 8, 100))  # channels, width, side, classes
 MAPS = (3, 16, 33, 256)  # channels
+CONTRASTS = ((2, 128), (4, 128), (3, 30), (4, 512))  # branches, numbers of a row
 
 
 def drawn(op: str, pick: random.Random) -> Problem:
@@ -78,6 +80,9 @@ def drawn(op: str, pick: random.Random) -> Problem:
         return problems.augment(batch, dtype)
     if op == "guard":
         return problems.guard(pick.randrange(1, 100_000))
+    if op == "nce":
+        branches, width = pick.choice(CONTRASTS)
+        return problems.nce(branches, batch, pick.choice((1, 20, 256, 1500)), pick.choice((64, 300, 5000)), width)
     if op == "sgd_flat":
         sizes = (1, 3, 16, 64, 1000, 1024, 1025)
         return problems.sgd_flat("random", [(pick.choice(sizes), pick.choice((1, 3, 9))) for _ in range(pick.randrange(1, 9))])
@@ -138,6 +143,8 @@ def check_large(op: str, device: torch.device, smoke: bool) -> Row:
         return large_augment(device, 12 if smoke else -(-LARGE // (3 * problems.SIDE**2)))
     if op == "guard":
         return large_norm(device, 100_000 if smoke else LARGE)
+    if op == "nce":
+        return large_banks(device, 5000 if smoke else -(-LARGE // WIDTH))
     build, names = REPEATED[op]
     problem = build(smoke)
     inputs = problem.draw(device, 0)
@@ -172,6 +179,24 @@ def large_norm(device: torch.device, n: int) -> Row:
     inputs["grads"][-1] = torch.nan
     off = abs(factor / want - 1) / problems.EPS[torch.float32]
     return {"value": n, "unit": "elements", "max_err": off, "ok": off <= 64 and not bool(solve(problem, inputs)["ok"])}
+
+
+def large_banks(device: torch.device, rows: int) -> Row:
+    """Banks of 2^31 elements each, whose labelled samples are the first and the last few; against torch's path."""
+    problem = problems.nce(2, 8, 64, rows, WIDTH)
+    some = torch.cat([torch.arange(100), torch.arange(rows - 100, rows)]).to(device)
+    few = problems.nce(2, 8, 64, len(some), WIDTH).draw(device, 0)
+    banks = torch.zeros(2, rows, WIDTH, device=device)
+    banks[:, some] = few["banks"]
+    labels = torch.full((rows,), -100, device=device)
+    labels[some] = torch.arange(len(some), device=device) % 3
+    ids = some[-8:]
+    whole = few | {"banks": banks, "ids": ids, "labels": labels[ids], "classes": tuple(class_order(labels, 3))}
+    plainly = next(s for s in problem.styles if s.group == "reference")
+    got, want = solve(problem, whole), problems.solved(plainly.forward, problem.wrt, whole)
+    found = problems.errors(got, problems.Truth({name: x.double() for name, x in want.items()}, {}), problem.dtype)
+    worst = max(found.values())
+    return {"value": banks[0].numel(), "unit": "elements", "max_err": worst, "ok": worst <= 2 * problem.limit}
 
 
 def large_augment(device: torch.device, images: int) -> Row:

@@ -122,6 +122,14 @@ def gpu_data(path: Path) -> str:
     return goals(loaders.goals(rows), [row for row in rows if row.get("state") == "ok"], path)
 
 
+def gallery(folder: Path) -> str:
+    """What `fastffl report --format md,csv` wrote of the sweep over all methods; the runs' figures are in the CSV beside it."""
+    row = read(folder / "sweep.jsonl")[-1]
+    took = f"{row['runs']} runs in {row['seconds'] / 60:.1f} minutes, {row['jobs']} at a time with a thread each"
+    facts = "{device}, torch {torch}, commit {commit}".format(**row)
+    return (folder / "report.md").read_text() + f"\n{took}, {facts} (`{folder.relative_to(ROOT)}`).\n"
+
+
 def made(text: str) -> str:
     """The README with its tables as the committed rows have them."""
     rows = ROOT / "bench" / "results" / "cpu"
@@ -130,6 +138,7 @@ def made(text: str) -> str:
     gpu = ROOT / "bench" / "results" / "h200"
     text = between(between(text, "step", step(gpu / "step.jsonl")), "step-cpu", cpu_step(rows / "step.jsonl"))
     text = between(between(text, "data-cpu", cpu_data(rows / "data.jsonl")), "data", gpu_data(gpu / "data.jsonl"))
+    text = between(text, "gallery", gallery(rows / "digits-sweep"))
     return between(text, "kernels", kernels(gpu / "kernels.jsonl"))
 
 

@@ -1,10 +1,13 @@
 """The benchmark's protocol: interleaving, rows, the README's tables; and what it says without the authors' checkout."""
 
+import csv
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import readme  # noqa: E402
+from fastffl import methods  # noqa: E402
 from fastffl.bench import timing as protocol  # noqa: E402
 from fastffl.train.step import Step  # noqa: E402
 from fastffl.values import Batch  # noqa: E402
@@ -152,6 +156,46 @@ def test_the_blocks_of_the_step_walk_through(tmp_path: Path) -> None:
     again = subprocess.run([*command, "train"], cwd=ROOT, env=slow, capture_output=True, text=True, check=False)
     assert again.returncode == 0 and "epoch" not in again.stderr
     assert len(protocol.read(tmp_path / "step.jsonl")) == len(found)
+
+
+def test_the_gallery_is_of_its_rows() -> None:
+    """Means, spreads and shipped votes that `report` wrote, made again from the runs' own figures."""
+    folder = ROOT / "bench" / "results" / "cpu" / "digits-sweep"
+    runs: dict[str, dict[str, list[float]]] = {}
+    ships = {}
+    with (folder / "report.csv").open() as file:
+        for row in csv.DictReader(file):
+            runs.setdefault(row["method"], {}).setdefault(row["vote"], []).append(float(row["last"]))
+            if row["ships"] == "1":
+                ships[row["method"]] = row["vote"]
+    table = {
+        line.split(" | ")[0].strip("| "): line.split(" | ")
+        for line in (folder / "report.md").read_text().split("\n\n")[0].split("\n")
+    }
+    assert set(runs) == set(methods.own()), "every method, by the command in the README"
+    for method, votes in runs.items():
+        cells = table[method]
+        for vote, cell in (("p0", cells[2]), (ships[method], cells[5])):
+            assert len(votes[vote]) == 3
+            assert cell == f"{statistics.mean(votes[vote]):.2f} ± {statistics.stdev(votes[vote]):.2f}", (method, vote)
+        assert cells[4] == ships[method] and min(votes[ships[method]]) >= 97
+
+
+def test_the_block_of_methods_walks_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each method gives a row per precision; one that fails leaves the others theirs."""
+    import methodchecks
+
+    rows: list[dict[str, Any]] = []
+    monkeypatch.setattr(methods, "names", lambda: ["afd", "none"])
+    methodchecks.every(lambda block, case, **values: rows.append({"case": case, **values}), smoke=True)
+    assert [r["case"] for r in rows] == ["afd fp32", "afd bf16", "none fp32", "none bf16"] and all(r["ok"] for r in rows), rows
+    real = methodchecks.ended
+    monkeypatch.setattr(
+        methodchecks, "ended", lambda name, *more, **named: real("nope" if name == "afd" else name, *more, **named)
+    )
+    rows.clear()
+    methodchecks.every(lambda block, case, **values: rows.append({"case": case, **values}), smoke=True)
+    assert [r["ok"] for r in rows] == [False, False, True, True] and "no method is called" in rows[0]["error"]
 
 
 def test_a_graph_check_sees_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:

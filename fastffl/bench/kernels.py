@@ -31,7 +31,7 @@ from .problems import MAX, SHORT, Inputs, Outputs, Problem, Style
 
 Row = dict[str, Any]
 Emit = Callable[[Row], None]
-OPS = ("distill_graph", "fuse_conv", "bn_act", "augment", "guard", "sgd_flat")
+OPS = ("distill_graph", "fuse_conv", "bn_act", "augment", "guard", "sgd_flat", "nce")
 PASSES = ("", "default", MAX)
 # Relative distance beyond which an answer is wrong.
 FAR = {torch.bfloat16: 0.05, torch.float16: 0.05, torch.float32: 1e-3, torch.float64: 1e-3}

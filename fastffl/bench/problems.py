@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastffl_kernels
-from fastffl_kernels import GraphEdge, GuardState, _dispatch, distill_graph_reference
+from fastffl_kernels import Classes, GraphEdge, GuardState, _dispatch, class_order, distill_graph_reference, negatives
 from fastffl_kernels._launch import Norm
 
 from .. import nets
@@ -759,6 +759,70 @@ def guard(n: int, *, quick: bool = False) -> Problem:
     )
 
 
+# ---- nce: embeddings against memory banks -------------------------------------------------------------------------------------
+
+TAU, NAMES = 0.1, 100  # classes
+
+
+def _contrasted(path: Callable[..., Any], count: int, inputs: Inputs) -> Outputs:
+    given = inputs["banks"], inputs["v"], inputs["ids"], inputs["labels"], Classes(*inputs["classes"]), inputs["counter"]
+    made = path(*given, count=count, tau=TAU)
+    return {"loss": made.loss, "pairs": made.pairs}
+
+
+def _by_gather(once: bool, count: int, inputs: Inputs) -> Outputs:
+    """The loss as the authors' code writes it: for every pair the rows are gathered anew, or, with `once`, for every bank. Their
+    loader brings the negatives; here they are drawn first."""
+    banks, v, ids = inputs["banks"], inputs["v"], inputs["ids"]
+    M, N = banks.shape[:2]
+    drawn = negatives(ids, inputs["labels"], Classes(*inputs["classes"]), count, inputs["counter"])
+    index, share, eps, pairs = torch.cat([ids[:, None], drawn], 1).flatten(), count / N, 1e-7, []
+    for a in range(M):
+        for b in range(M):
+            if a == b:
+                continue
+            if not once or b == (a == 0):  # the first other branch
+                rows = banks[a].index_select(0, index).view(len(ids), count + 1, -1)
+            s = torch.bmm(rows, v[b][:, :, None])[:, :, 0].div(TAU).exp()
+            p = s / (s.detach().mean() * N)
+            hit = (p[:, 0] / (p[:, 0] + share + eps)).log().sum()
+            pairs.append(-(hit + (share / (p[:, 1:] + share + eps)).log().sum()) / len(ids))
+    values = torch.stack(pairs)
+    return {"loss": values.sum(), "pairs": values}
+
+
+def nce(M: int, batch: int, count: int, rows: int, width: int, *, quick: bool = False) -> Problem:
+    """All ordered pairs of M branches: loss and the gradient for every embedding. What a style draws is what all draw."""
+
+    def draw(device: torch.device, seed: int) -> Inputs:
+        normal = randoms(device, seed)
+        labels = torch.randint(0, NAMES, (rows,), generator=torch.Generator().manual_seed(seed)).to(device)
+        labels[:2] = torch.arange(2, device=device)
+        ids = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:batch].to(device)
+        unit = [F.normalize(normal(M, n, width), dim=2) for n in (rows, batch)]
+        made: Inputs = {"banks": unit[0], "v": unit[1].requires_grad_(), "ids": ids, "labels": labels[ids]}
+        return made | {"classes": tuple(class_order(labels, NAMES)), "counter": torch.tensor(seed, device=device)}
+
+    op = module("nce")
+    assert op is not None
+    plain = Style("eager", "eager", partial(_by_gather, False, count))
+    once = Style("eager, a gather a bank", "eager", partial(_by_gather, True, count))
+    return Problem(
+        op="nce",
+        case=f"M{M} B{batch} R{count} N{rows} D{width}",
+        dtype=torch.float32,
+        draw=draw,
+        exact=partial(_by_gather, True, count),
+        styles=(*_of_ours("nce", lambda path: partial(_contrasted, path, count)), plain, once, *both_modes(once)),
+        wrt=("v",),
+        bytes=op.bytes_moved(M, batch, count, width),
+        flop=6 * M * (M - 1) * batch * (count + 1) * width,  # scores twice, weighted rows
+        limit=32.0,  # sums over R rows of terms of both signs
+        rival=4096.0,  # a sum of R logarithms of what is 1 to about 1 / R
+        quick=quick,
+    )
+
+
 def _shapes(net: str, classes: int, size: int) -> list[tuple[int, ...]]:
     """Of the parameters of two such nets."""
     with torch.device("meta"):
@@ -808,6 +872,12 @@ def _guards() -> list[Problem]:
     return [guard(n, quick=k == 0) for k, n in enumerate(sizes)]
 
 
+def _contrasts() -> list[Problem]:
+    """The paper's CIFAR and ImageNet settings, and the widest embedding."""
+    cifar = [nce(4, 64, count, 50_000, 128, quick=True) for count in (256, 16_384)]
+    return [*cifar, nce(4, 64, 16_384, 50_000, 512), nce(2, 128, 16_384, 1_281_167, 128)]
+
+
 FULL: dict[str, Callable[[], list[Problem]]] = {
     "distill_graph": _losses,
     "fuse_conv": _fusions,
@@ -815,6 +885,7 @@ FULL: dict[str, Callable[[], list[Problem]]] = {
     "augment": _augments,
     "guard": _guards,
     "sgd_flat": _steps,
+    "nce": _contrasts,
 }
 
 # Sizes the interpreter does in seconds.
@@ -826,6 +897,7 @@ SMALL: dict[str, Callable[[], list[Problem]]] = {
     ],
     "sgd_flat": lambda: [sgd_flat("3 tensors", [(3, 2, 3, 3), (5,), (700, 4)])],
     "guard": lambda: [guard(n) for n in (5, 9001)],
+    "nce": lambda: [nce(3, 2, 20, 200, 16), nce(2, 3, 150, 300, 7), nce(4, 2, 9, 40, 130)],
     "augment": lambda: [augment(4, t) for t in (FP32, BF16)],
     "bn_act": lambda: [
         bn_act(3, 5, 4, t, residual=r, fork=f) for t in (FP32, BF16) for r, f in ((False, False), (True, False), (True, True))

@@ -20,6 +20,7 @@ COLOURS = {
     "augment": "#7b3f9e",
     "sgd_flat": "#8a6d00",
     "guard": "#a02c5a",
+    "nce": "#2a7f8f",
 }
 
 

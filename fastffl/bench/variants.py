@@ -122,7 +122,7 @@ class Ours:
                 learner.method.nodes(learner.cohort(batch.x))
 
         def backward() -> None:
-            step._gradients(batch.x, batch.labels)
+            step._gradients(batch.x, batch.labels, [])
             step.optimizer.zero_grad(set_to_none=True)
 
         calls = {"forward": forward, "loss": lambda: self.loss(batch), "backward": backward}
