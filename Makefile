@@ -48,10 +48,10 @@ $(VENV)/triton-old/.installed: pyproject.toml | $(BIN)/python
 test: lint $(VENV)/triton-old/.installed
 	@echo "== kernels, interpreted on the CPU against float64"
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interp -n 2 -q
-	@echo "== kernels, compiled for sm_80, sm_90, sm_100 and sm_120 by the installed Triton and by Triton 3.6"
+	@echo "== kernels, compiled for sm_80, sm_90, sm_100 and sm_120 by the installed Triton, for sm_90 by Triton 3.6"
 	@FASTFFL_TRITON_OLD=$(abspath $(VENV)/triton-old/bin/python) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/compiles -n 2 -q
 	@echo "== everything else"
-	@$(BIN)/python -m pytest --ignore=tests/compiles -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/compiles -n 2 --dist loadfile
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache
