@@ -5,6 +5,8 @@ without a word. Its errors don't say which image they are about either, so image
 images one by one, and what DALI can't read, Pillow tries.
 """
 
+import atexit
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, TimeoutError, wait
@@ -12,9 +14,10 @@ from contextlib import suppress
 from functools import cache, partial
 from io import BytesIO
 from itertools import islice
-from queue import SimpleQueue
-from threading import Thread
-from typing import Any, NamedTuple
+from queue import Empty, SimpleQueue
+from threading import Thread, current_thread
+from typing import Any, ClassVar, NamedTuple
+from weakref import WeakSet, finalize
 
 import numpy as np
 import torch
@@ -33,6 +36,7 @@ from .views import Change, Training, View
 
 DEPTH = 3  # batches that DALI works at while one is used
 CHUNK = 16  # images that one thread reads in a row
+LAST = 5.0  # seconds that what a thread is at may still take when threads are ended; more takes only a disk that does not answer
 _NOTHING = Change(OPS.index("identity"), False)
 
 
@@ -70,17 +74,28 @@ def _placeholder() -> bytes:
     return out.getvalue()
 
 
+_Todo = SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
+
+
 class _Threads:
-    """Threads that do jobs in order. They don't keep the process from ending while a disk does not answer."""
+    """Threads that do jobs in order. They don't keep the process from ending while a disk does not answer.
+
+    They are ended before the interpreter is: one that was then in torch or DALI without the interpreter's lock would abort the
+    process ("terminate called without an active exception"), since Python ends such a thread inside C++ that must not be left.
+    """
+
+    live: ClassVar["WeakSet[_Threads]"] = WeakSet()
 
     def __init__(self, count: int):
-        self._count = count
-        self._todo: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
-        for _ in range(count):
-            Thread(target=self._work, args=(self._todo,), daemon=True).start()
+        self._todo: _Todo = SimpleQueue()
+        self._threads = [Thread(target=self._work, args=(self._todo,), daemon=True) for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
+        finalize(self, self._end, self._todo, self._threads).atexit = False  # for one that nobody closed
+        self.live.add(self)
 
     @staticmethod
-    def _work(todo: "SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]") -> None:
+    def _work(todo: _Todo) -> None:
         while (item := todo.get()) is not None:
             future, job = item
             if future.set_running_or_notify_cancel():
@@ -88,15 +103,37 @@ class _Threads:
                     future.set_result(job())
                 except BaseException as error:
                     future.set_exception(error)
+            del item, future, job  # a thread that waits keeps no pipeline
+
+    @staticmethod
+    def _end(todo: _Todo, threads: list[Thread]) -> None:
+        with suppress(Empty):
+            while item := todo.get_nowait():
+                item[0].cancel()
+        for _ in threads:
+            todo.put(None)
+        until = time.monotonic() + LAST
+        for thread in threads:
+            if thread is not current_thread():
+                thread.join(max(0.0, until - time.monotonic()))
 
     def submit(self, job: Callable[[], Any]) -> Future[Any]:
+        if self not in self.live:
+            raise RuntimeError("this decoder was closed")
         future: Future[Any] = Future()
         self._todo.put((future, job))
         return future
 
     def close(self) -> None:
-        for _ in range(self._count):
-            self._todo.put(None)
+        """What waits is cancelled, what is being done is waited for, LAST seconds at most."""
+        self.live.discard(self)
+        self._end(self._todo, self._threads)
+
+
+@atexit.register  # after DALI's own, so before it: threads read what its pipelines hold
+def _end_threads() -> None:
+    for threads in list(_Threads.live):
+        threads.close()
 
 
 def _chunks(n: int) -> list[range]:
@@ -183,12 +220,13 @@ class _Pipe:
         if self._setting.whole:
             feed_ndarray(made.as_tensor(), x, cuda_stream=stream)
         else:
+            magnitude = self._setting.magnitude
 
             def shape(places: range) -> None:
                 for k in places:
                     if view := batch.samples[k].view:
                         window = torch.from_numpy(np.asarray(made.at(k)))
-                        x[k] = shown(window, view, self._setting.magnitude).permute(1, 2, 0)
+                        x[k] = shown(window, view, magnitude).permute(1, 2, 0)
 
             parts = [self._setting.shaping.submit(partial(shape, part)) for part in _chunks(len(batch.samples))]
             wait(parts)  # all of them, before what they read goes
@@ -277,9 +315,9 @@ class Dali:
         self._idle: list[_Pipe] = []
 
     def close(self) -> None:
-        self._idle.clear()
         self._readers.close()
         self._setting.shaping.close()
+        self._idle.clear()  # after the threads, which may hold the last reference to one: it ends here, not in one of them
 
     def decode(self, jobs: Sequence[Job]) -> Iterator[Decoded]:
         """One Decoded per job, in order. DataError where files can't be read for minutes, or where DALI fails on good images."""

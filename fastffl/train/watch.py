@@ -50,6 +50,7 @@ class Watch:
         self.every = min(2.0, limit / 6)
         self._host = socket.gethostname()
         self._entered, self._marks, self._doing, self._beats = 0, 0, "starting", 0
+        self._threads: list[threading.Thread] = []
         self._over = threading.Event()  # the threads may end
         self._ending = False  # the main thread ends by itself
         self._lock = threading.Lock()
@@ -71,7 +72,8 @@ class Watch:
         for seen in self._seen.values():
             seen.changed = seen.moved = now
         for work in (self._talk, self._judge):
-            threading.Thread(target=work, daemon=True, name=f"fastffl-watch-{work.__name__[1:]}").start()
+            self._threads.append(threading.Thread(target=work, daemon=True, name=f"fastffl-watch-{work.__name__[1:]}"))
+            self._threads[-1].start()
 
     def mark(self, doing: str) -> None:
         """The main thread moves on, to `doing`."""
@@ -92,7 +94,11 @@ class Watch:
             return
 
     def close(self) -> None:
+        """End the threads. One that still waits for a store that is gone is left: Python aborts a process that ends while a
+        thread comes back from the store, and a finished run must not end so."""
         self._over.set()
+        for thread in self._threads:
+            thread.join(self.every)
 
     def culprit(self) -> str:
         """After a broken connection: the sentence that names the rank it broke to, "" where all are well. Takes seconds."""

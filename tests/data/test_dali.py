@@ -3,9 +3,12 @@
 Here DALI runs on the CPU, in both of its ways: decoding only, as it is used there, and the whole graph that a GPU runs.
 """
 
+import subprocess
+import sys
 import tarfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import pairwise
@@ -394,16 +397,69 @@ def test_two_iterators_at_the_same_time(few: list[bytes]) -> None:
     decoder.close()
 
 
-def test_close_ends_the_threads(few: list[bytes]) -> None:
-    before = {*threading.enumerate()}
-    decoder = to_decode(few)
-    pixels(decoder, jobs_of(20, VIEWS[0]))
-    mine = {*threading.enumerate()} - before
+def tasks() -> dict[str, str]:
+    """The names of all threads of this process, by their ids."""
+    found = {}
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # it ended
+            found[task.name] = (task / "comm").read_text()
+    return found
+
+
+def test_close_ends_all_threads_ours_and_dalis(few: list[bytes]) -> None:
+    """When it returns: a thread of ours that held the last pipeline ended it while the process ended, and aborted that."""
+    before, known = tasks(), {*threading.enumerate()}
+    decoder = to_decode([*few[:5], few[0][:100], *few[6:]])
+    assert [bad for _, wrong in made(decoder, jobs_of(20, VIEWS[0])) for bad in wrong], "so that pipelines failed, too"
+    mine = {*threading.enumerate()} - known
     assert len(mine) == 4 and all(t.daemon for t in mine)
+    assert any("DALI" in tasks()[k] for k in {*tasks()} - {*before})
     decoder.close()
-    for thread in mine:
-        thread.join(10)
     assert not any(t.is_alive() for t in mine)
+    assert not [name for k, name in tasks().items() if "DALI" in name and k not in before]
+    with pytest.raises(RuntimeError, match="closed"):
+        pixels(decoder, jobs_of(20, VIEWS[0]))
+
+
+def test_threads_end_with_their_owner() -> None:
+    threads = dali._Threads(2)
+    alive = threads._threads
+    del threads
+    assert not any(t.is_alive() for t in alive)
+
+
+def test_what_waits_is_cancelled_by_close() -> None:
+    threads, begun, go = dali._Threads(1), threading.Event(), threading.Event()
+    busy = threads.submit(lambda: (begun.set(), go.wait(60)))
+    waiting = [threads.submit(lambda: None) for _ in range(3)]
+    begun.wait(60)
+    threading.Timer(0.05, go.set).start()
+    threads.close()
+    assert busy.done() and all(w.cancelled() for w in waiting)
+
+
+ENDS = """
+import sys, time, torch
+sys.path[:0] = {paths!r}
+from fastffl.data.dali import _Threads
+busy = _Threads(2)
+def work():
+    x = torch.zeros(300, 300)
+    for _ in range(30):
+        x[:] = torch.ones(300, 300)
+for _ in range(100_000):
+    busy.submit(work)
+time.sleep(0.1)
+print("end")
+"""
+
+
+def test_a_process_ends_in_order_while_threads_are_in_torch() -> None:
+    """Threads that Python ends inside torch abort the process: without _end_threads this one is, every time."""
+    here = Path(__file__).resolve().parents[2]
+    run = [sys.executable, "-c", ENDS.format(paths=[str(here), str(here / "kernels")])]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
 
 
 # ---- what is wrong
