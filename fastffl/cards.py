@@ -78,10 +78,11 @@ def of(name: str) -> dict[str, Any]:
             "paper": "",
             "year": 0,
             "deviations": "",
+            "parts": {},
             "published": [],
         }
     keys = ("name", "paper", "year", "summary", "status", "deviations", "min_peers", "max_peers", "stem")
-    return {**{k: getattr(kind, k) for k in keys}, "published": [p._asdict() for p in kind.published]}
+    return {**{k: getattr(kind, k) for k in keys}, "parts": {**kind.parts}, "published": [p._asdict() for p in kind.published]}
 
 
 def text(name: str) -> list[str]:
@@ -94,7 +95,8 @@ def text(name: str) -> list[str]:
     lines = [
         f"{kind.name}: {kind.summary}",
         f"paper    {kind.paper}" + ("" if str(kind.year) in kind.paper else f" ({kind.year})"),
-        f"status   {kind.status}. {kind.deviations}",
+        f"status   {kind.status}",
+        f"differs  {kind.deviations}",
         f"peers    {kind.min_peers}{most}; stem: {stem}",
         "",
         f"graph of {len(made.cohort.names)} peers ({', '.join(made.cohort.names)}):",
@@ -123,7 +125,8 @@ def _drawn(made: Learner) -> list[str]:
     if needs.views > 1:
         lines.append("peer k sees view k of every image")
     lines += [f"{o.name}   by an Adam of its own" for o in made.objectives]
-    return lines
+    parts = type(made.method).parts
+    return [*lines, "where", *(f"  {name}: {what}" for name, what in parts.items())] if parts else lines
 
 
 def _costs(spent: Cost) -> list[str]:

@@ -51,6 +51,7 @@ class Needs(NamedTuple):
     rescale: bool = False  # gradients that meet where the stem is shared are averaged, not summed
     taps: bool = False  # Peers.taps
     ids: bool = False  # the samples' ids, for a memory; the data set must give its labels
+    unmixed: bool = False  # images of one label each: no mixup, no cutmix
     average: float | None = None  # decay of an averaged copy of the cohort, whose answers are Peers.teacher
     frozen: tuple[str, ...] = ()  # nets of trained teachers, whose answers are Peers.teacher
 
@@ -89,7 +90,7 @@ class Graph:
     peers   p0..pK-1          made    further nodes, returned by Method.nodes
     means   node -> the nodes whose mean logits it is
     hard    node -> weight of its cross-entropy
-    extra   further terms, returned by Method.extra -> their weights
+    extra   further terms, returned by Method.extra -> their weights; `ramped`: w(epoch) multiplies them
     copies  made nodes that are a peer of the averaged copy of the cohort: a plain net, too
     votes   the nodes evaluation scores; the first is what the method ships
     """
@@ -101,6 +102,7 @@ class Graph:
     hard: Mapping[str, float] = field(default_factory=dict)
     edges: tuple[Edge, ...] = ()
     extra: Mapping[str, float] = field(default_factory=dict)
+    ramped: bool = False
     copies: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -145,7 +147,7 @@ class Graph:
             facts = [f"T={e.T:g}", f"weight {e.weight:g}"] + ["ramp"] * e.ramp
             facts += [] if e.detach else ["teacher learns too"]
             lines.append(f"{e.teacher} > {e.student}   {', '.join(facts)}")
-        lines += [f"and {name}   weight {w:g}" for name, w in self.extra.items()]
+        lines += [f"and {name}   weight {w:g}{', ramp' * self.ramped}" for name, w in self.extra.items()]
         return "\n".join(lines)
 
 

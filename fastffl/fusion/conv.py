@@ -70,6 +70,14 @@ class AlignMaps(nn.Module):
         return out
 
 
+def drawn(part: nn.Module) -> None:
+    """Draw a module's convolutions as the official codes of FFL and FFSD do: N(0, sqrt(2 / (k k C_out))), a depthwise one with
+    C_out = all channels."""
+    for conv in part.modules():
+        if isinstance(conv, nn.Conv2d):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+
+
 class ConvFusion(nn.Module):
     """The paper's fusion module. `width` is the fused map's channels; None: the widest peer's. Parameters at K = 2,
     64 channels, 100 classes: 16,228."""
@@ -84,9 +92,7 @@ class ConvFusion(nn.Module):
         self.pw = nn.Conv2d(d, width, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.fc = nn.Linear(width, classes)
-        for part in self.modules():
-            if isinstance(part, nn.Conv2d):  # N(0, sqrt(2 / (k k C_out))), the depthwise conv with C_out = all channels
-                nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+        drawn(self)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         aligned = self.align(maps)

@@ -47,6 +47,16 @@ def apart(a: Tensor, b: Tensor) -> Tensor:
     return (unit(a) - unit(b)).square().mean()
 
 
+def flipped(f: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention turned over above its lowest third, (B, H W), and the map changed by as much, (B, D, H, W)."""
+    a = attention(f)
+    size, seen = a.norm(dim=1, keepdim=True), F.normalize(a, dim=1)
+    low = seen.topk(max(1, seen.shape[1] // 3), largest=False).values[:, -1:]
+    wanted = (size / 2 - seen) * torch.sign(seen - low) + size / 2
+    change = ((wanted - seen) * size / f.shape[1]).view(-1, 1, *f.shape[2:])
+    return wanted, f + change.to(f.dtype)
+
+
 class Discriminator(nn.Module):
     """(B, D, H, W) -> (B,) in (0, 1), fp32. conv 3x3, BN, LeakyReLU; conv 3x3 stride 2 to 2 D, BN, LeakyReLU; 1x1 to one; mean;
     sigmoid. AFD does not publish its layers; these are ours."""

@@ -1,9 +1,10 @@
 """What a method is: modules of its own, extra predictions, and the graph that says who teaches whom."""
 
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ class Method(nn.Module):
     summary      the idea in two sentences           paper   authors, title, venue          year   of it
     status       faithful: its code or full text was read; partial: parts of it; reconstructed: neither
     deviations   where this differs from the source, and what the source leaves open
+    parts        what its made nodes, extra terms and objectives are, by name; * stands for a peer's number
     published    what its authors and others report
     Its habits:
     min_peers    fewest peers it makes sense for     max_peers   most, None: any number
@@ -58,6 +60,7 @@ class Method(nn.Module):
     summary: ClassVar[str]
     status: ClassVar[Literal["faithful", "partial", "reconstructed"]]
     deviations: ClassVar[str]
+    parts: ClassVar[Mapping[str, str]] = MappingProxyType({})
     published: ClassVar[tuple[Published, ...]] = ()
     min_peers: ClassVar[int] = 1
     max_peers: ClassVar[int | None] = None

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..fusion import ConvFusion, Decoder, apart, attention, sized
+from ..fusion import ConvFusion, Decoder, apart, attention, drawn, flipped, sized
 from ..recipe import MethodConfig
 from ..values import CohortSpec, Edge, Graph, Needs, Objective, Peers
 from ._base import Below, Method, Terms
@@ -34,6 +34,8 @@ class FFSD(Method):
         """d, weight of what keeps students apart"""
         fusion: float = Field(10.0, ge=0)
         """f, weight of the leader's attention"""
+        ramp: bool = False
+        """whether d and f ramp up (in the code over five epochs: recipe ffsd-cifar100-resnet32)"""
         decoders: float = Field(1000.0, ge=0)
         """factor of the decoders' own losses"""
         weight_decay: float | None = Field(1e-5, ge=0)
@@ -61,6 +63,7 @@ class FFSD(Method):
             *(nn.Conv2d(d, d, 3, 1, 1, groups=d, bias=False), nn.BatchNorm2d(d), nn.ReLU()),
             *(nn.Conv2d(d, out, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()),
         )
+        drawn(self.trans)
         self.decoders = nn.ModuleDict({k: Decoder(taps[1:]) for k, taps in zip(spec.peers, spec.taps, strict=True) if k != "p1"})
         pairs = [(a, b) for b in self.students for a in self.students if a != b]
         more: Any = {"T": config.T, "ramp": False}
@@ -74,6 +77,7 @@ class FFSD(Method):
                 *(Edge("peers", "fused", **more), Edge("fused", self.lead, **more)),
             ),
             extra={"lead": config.fusion, **{f"apart/{k}": config.diversity for k in self.students[1:]}},
+            ramped=config.ramp,
             votes=(*spec.peers, "fused", "peers", "mean"),
         )
 
@@ -100,9 +104,9 @@ class FFSD(Method):
         values = {"lead": lead + self._guessed(self.lead, peers, fused)}
         for n, k in enumerate(self.students[1:], 2):
             before = peers.maps[n - 1].detach()
-            wanted, flipped = flip(before)
+            wanted, turned = flipped(before)
             seen = F.normalize(attention(peers.maps[n]), dim=1)
-            values[f"apart/{k}"] = (seen - wanted).square().mean() + self._guessed(k, peers, flipped)
+            values[f"apart/{k}"] = (seen - wanted).square().mean() + self._guessed(k, peers, turned)
         return Terms(values)
 
     def _guessed(self, peer: str, peers: Peers, f: Tensor) -> Tensor:
@@ -127,13 +131,3 @@ class FFSD(Method):
 
     def decay(self) -> float | None:
         return self.config.weight_decay
-
-
-def flip(f: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention turned over above its lowest third, (B, H W), and the map changed by as much, (B, D, H, W)."""
-    a = attention(f)
-    size, seen = a.norm(dim=1, keepdim=True), F.normalize(a, dim=1)
-    low = seen.topk(max(1, seen.shape[1] // 3), largest=False).values[:, -1:]
-    wanted = (size / 2 - seen) * torch.sign(seen - low) + size / 2
-    change = ((wanted - seen) * size / f.shape[1]).view(-1, 1, *f.shape[2:])
-    return wanted, f + change.to(f.dtype)

@@ -49,7 +49,7 @@ class KDCL(Method):
 
     @classmethod
     def needs(cls, config: Config, nets: tuple[str, ...]) -> Needs:
-        return Needs(views=len(nets) if config.views else 1)
+        return Needs(views=len(nets) if config.views else 1, unmixed=True)
 
     @torch.no_grad()
     def nodes(self, peers: Peers, y: Tensor | None = None) -> dict[str, Tensor]:

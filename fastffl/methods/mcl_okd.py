@@ -73,7 +73,7 @@ class MCLOKD(Method):
 
     @classmethod
     def needs(cls, config: Config, nets: tuple[str, ...]) -> Needs:
-        return Needs(private=2, ids=True)
+        return Needs(private=2, ids=True, unmixed=True)
 
     def prepare(self, labels: Tensor | None) -> None:
         if labels is None or len(labels) != self.banks.shape[1]:

@@ -86,6 +86,11 @@ def _fit(
 ) -> Result:
     """`fit` once the ranks are known. first: what the method wants trained before is trained before."""
     recipe = recipe.model_copy(update={"method": learner.config})  # its teachers' architectures written out
+    if learner.needs.unmixed and (recipe.data.mixup or recipe.data.cutmix):
+        raise UsageError(
+            f"method {learner.method.name} goes by each image's one label, and data.mixup and data.cutmix give images two; leave "
+            "both at 0, or choose another method"
+        )
     if learner.needs.views > 1:
         several(learner.needs.views, recipe.data)
         if not takes_views(data):

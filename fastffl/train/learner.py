@@ -225,7 +225,7 @@ class Learner(nn.Module):
         out = self.loss(peers, made, y, ramp, *mixed)
         loss = out.loss
         for name, weight in graph.extra.items():
-            loss = loss + weight * extra.values[name].float()
+            loss = loss + (ramp * weight if graph.ramped else weight) * extra.values[name].float()
         return Out(
             *(loss, out.ce, out.kl, out.top1, out.rows),
             extra=tuple(extra.values[name].float() for name in graph.extra),

@@ -1,6 +1,7 @@
 """Cards and recipes of the family: what a list, a card and a recipe say is true of what they build."""
 
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -50,11 +51,27 @@ def test_the_list_has_all_of_them_with_their_status(capsys: pytest.CaptureFixtur
 def test_a_card_says_what_the_learner_is() -> None:
     lines = cards.text("okddip")
     text = "\n".join(lines)
-    assert lines[0].startswith("okddip: ") and "status   faithful." in text and "peers    3 or more" in text
+    assert lines[0].startswith("okddip: ") and "status   faithful" in lines and "peers    3 or more" in text
     assert "  t1 > p1   T=3, weight 1, ramp, teacher learns too" in lines
     assert "ships    p0; also p1, p2, peers, mean" in lines
+    assert "    t*: the peers' logits, weighed by how peer * attends to each, image by image" in lines
     assert "  1,024 parameters of its own" in lines  # 2 x 64 x 8 without bias
     assert any(line.startswith("recipes  okddip-cifar100-resnet32, compare-cifar100-resnet32-okddip") for line in lines)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_card_says_what_every_part_is(name: str) -> None:
+    kind = methods.load(name)
+    made = cards.sample(kind)
+    named = {*made.graph.made, *made.graph.extra, *(o.name for o in made.objectives)}
+    said = {part: [n for n in named if fnmatchcase(n, part)] for part in kind.parts}
+    assert all(said.values()), "each is of something"
+    assert sorted(n for names in said.values() for n in names) == sorted(named), "and everything has one"
+
+
+@pytest.mark.parametrize("name", ["ffl", "one", "dml"])
+def test_the_best_known_have_their_published_numbers(name: str) -> None:
+    assert "published (not reproduced here):" in cards.text(name)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +129,11 @@ def test_settings_of_the_sources() -> None:
     assert (r.optim.weight_decay, r.sched.milestones, r.sched.ramp, r.data.pad_mode) == (5e-4, (150, 225), 80, "zero")
     r = recipes.load("ffsd-cifar100-resnet32")
     assert (r.method.model_dump()["T"], r.method.model_dump()["fusion"], r.optim.weight_decay) == (2, 10, 1e-4)
+    assert (r.data.pad_mode, r.method.model_dump()["ramp"], r.sched.ramp) == (
+        None,
+        True,
+        5,
+    )  # None: reflected, the data set's own
     r = recipes.load("cl-ilr-cifar100-resnet32")
     assert (r.method.model_dump()["b"], r.method.model_dump()["T"], r.sched.name) == (0.5, 2, "cosine")
 

@@ -10,7 +10,8 @@ from routing import net_parts, only, reached
 from torch import Tensor
 
 from fastffl.errors import UsageError
-from fastffl.methods.ffsd import FFSD, flip
+from fastffl.fusion import flipped
+from fastffl.methods.ffsd import FFSD
 from fastffl.train import Learner
 from tests.train import tiny
 
@@ -111,13 +112,17 @@ def by_hand(model: Learner, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Ten
     return loss, decoders
 
 
-def test_the_losses_by_hand() -> None:
+@pytest.mark.parametrize("ramp", [False, True])
+def test_the_losses_by_hand(ramp: bool) -> None:
     """Value and gradients of the peers' loss and of every decoder's, with both weights so large that they count."""
-    model = build(diversity=0.5, fusion=4.0).double()
-    x, y, ramp = drawn()
+    model = build(diversity=0.5, fusion=4.0, ramp=ramp).double()
+    x, y, w = drawn()
     x = x.double()
     twin = copy.deepcopy(model)
-    out = model(x, y, ramp)
+    if ramp:  # the hand's weights are those of the moment
+        method: Any = twin.method
+        method.config = FFSD.Config(diversity=0.5 * 0.25, fusion=4.0 * 0.25)
+    out = model(x, y, w)
     loss, decoders = by_hand(twin, x, y)
     torch.testing.assert_close(out.loss.double(), loss, rtol=1e-6, atol=0)
     decoding = {id(p) for o in model.objectives for p in o.params}
@@ -141,9 +146,9 @@ def test_the_losses_by_hand() -> None:
 
 def test_attention_is_turned_over() -> None:
     f = torch.randn(3, 4, 3, 5)
-    for a, b in zip(flip(f), turned(f), strict=True):
+    for a, b in zip(flipped(f), turned(f), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    assert bool(flip(torch.randn(2, 3, 1, 1))[1].isfinite().all())
+    assert bool(flipped(torch.randn(2, 3, 1, 1))[1].isfinite().all())
 
 
 def parts(model: Learner) -> dict[str, list[torch.nn.Parameter]]:

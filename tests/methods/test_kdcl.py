@@ -1,6 +1,7 @@
 """kdcl: the three targets against their definitions, a view for each peer, and a teacher that is no vote."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from routing import kl, net_parts, only, reached, same_as_by_hand
 from torch import Tensor
 
+from fastffl.cli import main
 from fastffl.errors import UsageError
 from fastffl.methods import kdcl
 from fastffl.methods.kdcl import KDCL
@@ -141,3 +143,14 @@ def test_the_teacher_knows_the_labels_so_it_is_no_vote() -> None:
         model.vote("teacher")
     with pytest.raises(UsageError, match=r"method kdcl trains separate nets; use --set nets\.share_stem=false"):
         Learner(["resnet8"] * 2, "kdcl", classes=5, size=8, share_stem=True)
+
+
+@pytest.mark.parametrize("words", [("kdcl", "--set", "method.views=false"), ("mcl-okd",)])
+@pytest.mark.parametrize("mixed", ["data.mixup=0.2", "data.cutmix=1"])
+def test_images_of_two_labels_are_refused(
+    words: tuple[str, ...], mixed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "digits", "--set", mixed, "--out", str(tmp_path / "run"), "--method", *words])
+    assert ended.value.code == 2
+    assert f"method {words[0]} goes by each image's one label" in capsys.readouterr().err

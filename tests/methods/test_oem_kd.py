@@ -179,3 +179,26 @@ def test_the_command_line_shows_a_width() -> None:
     assert ended.value.code == 0 and facts.feature == [51, 8, 8] and facts.parameters == hand_count(32, [12, 25, 51], 10, True)
     assert f"resnet32@0.8 (fastffl)   {facts.parameters:,} parameters   {facts.macs / 1e6:,.1f} M" in said.getvalue()
     assert "51 x 8 x 8" in said.getvalue()
+
+
+@pytest.mark.parametrize("names", [("resnet8", "resnet8@0.6", "resnet8@0.2"), ("resnet8@0.2", "resnet8", "resnet8@0.6")])
+def test_the_widest_teaches_by_its_maps_wherever_it_stands(names: tuple[str, ...]) -> None:
+    model, widest = learner(*names), names.index("resnet8")
+    terms = {f"maps/p{k}" for k in range(3) if k != widest}
+    only(model, *terms)(*batch()).loss.backward()
+    assert {name for name in reached(shared_parts(model)) if name.startswith("body")} == {f"body{t[-1]}" for t in terms}
+
+
+def test_widths_are_shares_of_the_first_net() -> None:
+    assert OEMKD.arranged(("resnet32",))[0] == ("resnet32", *(f"resnet32{s}" for s in SHARES[1:]))
+    assert OEMKD.arranged(("wrn-16-2@0.5", "x"))[0] == ("wrn-16-2@0.5", *(f"wrn16_2@{s}" for s in (0.4, 0.3, 0.2, 0.1)))
+
+
+@pytest.mark.parametrize("net", ["resnet18", "resnet8@0.25"])
+def test_a_net_without_these_widths_is_refused(net: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "digits", "--method", "oem-kd", "--model", net])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert f"method oem-kd trains one net at five widths, down to a fifth of its own, and {net} does not" in said
+    assert "resnet32" in said and "--model" in said
