@@ -7,6 +7,10 @@ the same bits.
 
 Random numbers are those of `nce.negatives`, in unsigned arithmetic. Indices are made once for all banks and both passes: in the
 loops over rows every lane of a warp would make the same one, and that takes more instructions than the rows' arithmetic.
+
+Largest sizes that are checked for spills: 8 branches of 128 numbers, 7 of 2048. Triton 3.6 spills 16 bytes a thread for 8 of
+2048 on sm_90 (16 warps have 128 registers a thread; 32 warps load 8 bytes at once, and Triton 3.9 then spills), and takes 155
+registers for 8 of 512. That costs time, not answers: fewer programs fit on a multiprocessor.
 """
 
 # mypy: allow-untyped-defs
@@ -256,7 +260,7 @@ def finish_kernel(
 
 
 def cases() -> list[Case]:
-    """Four branches at CIFAR's sizes, eight branches, rows of an odd length."""
+    """Four branches at CIFAR's sizes, eight branches, the longest rows that do not spill, rows of an odd length."""
     types = {
         **dict.fromkeys(("banks", "v", "sums", "values", "parts", "loss", "pairs", "grads"), "*fp32"),
         **dict.fromkeys(("ids", "labels", "start", "count", "counter"), "*i64"),
@@ -286,6 +290,7 @@ def cases() -> list[Case]:
         case("sums M4 D128", sums_kernel, *sizes(4, 64, 16384, 128, True)),
         terms("", 4, 16384, 128),
         terms("", 8, 4096, 128),
+        terms("", 7, 4096, 2048),
         terms(": rows of 8 bytes", 2, 4096, 30, loads=8),
         case("finish M4 D128; loads of 4 bytes: a row is a warp's four times", finish_kernel, few, FINISH, 4),
     ]
