@@ -21,6 +21,7 @@ from .train import Learner
 from .train.checkpoint import digest
 from .train.optim import build
 from .train.step import Step
+from .values import UNLABELLED
 
 NET, CLASSES, SIZE, ROWS = "resnet8", 5, 8, 16
 CPU = torch.device("cpu")
@@ -140,14 +141,15 @@ def compiles(kind: type[Method]) -> None:
 
 
 def ramp(kind: type[Method]) -> None:
-    """w(e) scales the ramped edges and nothing else."""
+    """w(e) scales the ramped edges, further terms where they are ramped, and nothing else."""
     made = learner(kind).eval()
     low, high = (made(*batch(made, ramp=w)) for w in (0.25, 1.0))
     ramped = torch.tensor([float(e.ramp) * e.weight for e in made.graph.edges])
-    want = 0.75 * (ramped * low.kl.detach()).sum()
+    more = made.graph.ramped * torch.tensor([*made.graph.extra.values(), 0.0]) @ torch.stack([*low.extra, torch.zeros(())])
+    want = 0.75 * ((ramped * low.kl.detach()).sum() + more.detach())
     need(
         torch.allclose(high.loss - low.loss, want, rtol=1e-4, atol=1e-4),
-        f"from w = 0.25 to 1 the loss grows by {(high.loss - low.loss).item():.6f}; its ramped edges make {want.item():.6f}",
+        f"from w = 0.25 to 1 the loss grows by {(high.loss - low.loss).item():.6f}; what is ramped makes {want.item():.6f}",
     )
 
 
@@ -188,6 +190,21 @@ def _kept(step: Step) -> dict[str, Any]:
     return {k: v for k, v in step.state().items() if k not in ("skips", "meters")}
 
 
+def nothing_of_what_has_no_label(kind: type[Method]) -> None:
+    """An image without a label, one that can't be read, adds nothing to the loss or an objective, whatever it shows."""
+    made = learner(kind).eval()
+    x, y, *more = batch(made)
+    y = torch.where(torch.arange(ROWS) % 4 == 1, UNLABELLED, y)
+    other = torch.where((y < 0).repeat(made.needs.views)[:, None, None, None], 3 * x.flip(0), x)
+    one, two = made(x, y, *more), made(other, y, *more)
+    for name, a, b in (
+        ("loss", one.loss, two.loss),
+        *zip((o.name for o in made.objectives), one.others, two.others, strict=True),
+    ):
+        same = torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+        need(same, f"{name} is {a.item():.6f}, and {b.item():.6f} where images without a label show something else")
+
+
 def exports(kind: type[Method]) -> None:
     """A peer leaves as the plain net, parameter by parameter; what is shipped comes back from its file."""
     made = learner(kind).eval()
@@ -222,7 +239,7 @@ CHECKS: dict[str, Callable[[type[Method]], None]] = {
     c.__name__.replace("_", " "): c
     for c in (
         *(card, graph, every_parameter_learns, fits_one_batch, compiles, ramp),
-        *(goes_on, nothing_of_a_bad_step, exports, too_few),
+        *(goes_on, nothing_of_a_bad_step, nothing_of_what_has_no_label, exports, too_few),
     )
 }
 

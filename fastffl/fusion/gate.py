@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .transfer import normed
+
 
 class Gate(nn.Module):
     """g = softmax(ReLU(BN(Linear(GAP(h))))), (B, D, H, W) -> (B, K); the teacher is sum_k g_k z_k.
@@ -20,7 +22,7 @@ class Gate(nn.Module):
         self.bn = nn.BatchNorm1d(peers)
 
     def weights(self, h: Tensor) -> Tensor:
-        return F.relu(self.bn(self.fc(h.mean((2, 3))))).softmax(1)
+        return F.relu(normed(self.bn, self.fc(h.mean((2, 3))))).softmax(1)
 
     def forward(self, h: Tensor, z: Sequence[Tensor]) -> Tensor:
         g = self.weights(h)

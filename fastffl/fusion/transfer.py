@@ -1,5 +1,7 @@
 """Small convolutions that bring one net's map into another's space while training: adapters, transfer layers, translators."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,9 +44,9 @@ def attention(f: Tensor) -> Tensor:
     return f.float().square().mean(1).flatten(1)
 
 
-def apart(a: Tensor, b: Tensor) -> Tensor:
-    """() mean squared difference of two batches of vectors or maps, each brought to length 1."""
-    return (unit(a) - unit(b)).square().mean()
+def apart(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
+    """() mean squared difference of two batches of vectors or maps, each brought to length 1; share (B,): each sample's part."""
+    return ((unit(a) - unit(b)).square().mean(1) * share).sum()
 
 
 def flipped(f: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,6 +57,15 @@ def flipped(f: Tensor) -> tuple[Tensor, Tensor]:
     wanted = (size / 2 - seen) * torch.sign(seen - low) + size / 2
     change = ((wanted - seen) * size / f.shape[1]).view(-1, 1, *f.shape[2:])
     return wanted, f + change.to(f.dtype)
+
+
+def normed(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x); of a batch norm by its running statistics where a channel has one value, which has no variance: the last batch
+    of an epoch, or a rank's or an accumulation part's share of it, may be one image. Not of one over all ranks."""
+    if type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d) and layer.training and x.numel() == x.shape[1]:
+        bn: Any = layer
+        return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, training=False, eps=bn.eps)
+    return layer(x)
 
 
 class Discriminator(nn.Module):
@@ -71,4 +82,6 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, f: Tensor) -> Tensor:
-        return torch.sigmoid(self.layers(f).float().mean((1, 2, 3)))
+        for layer in self.layers:
+            f = normed(layer, f)
+        return torch.sigmoid(f.float().mean((1, 2, 3)))

@@ -30,6 +30,12 @@ def _cards() -> dict[str, dict[str, Any]]:
 Below = Callable[[int], tuple[nn.Parameter, ...]]  # the parameters of peer k that its last map depends on: not its classifier's
 
 
+def shares(y: Tensor) -> Tensor:
+    """(B,) fp32: what each sample counts for in a mean over those with a label."""
+    keep = (y >= 0).float()
+    return keep / keep.sum().clamp(min=1)
+
+
 class Terms(NamedTuple):
     """What `Method.extra` gives:  terms by name, () each, and what `after_step` wants of the batch, detached, (B, ...) each."""
 
@@ -131,15 +137,17 @@ class Method(nn.Module):
         return {}
 
     def extra(self, peers: Peers, y: Tensor, ids: Tensor | None) -> Terms:
-        """The terms besides cross-entropies and edges, by the names in `graph.extra`; ids (B,) where it needs them."""
+        """The terms besides cross-entropies and edges, by the names in `graph.extra`: means over samples with a label (`shares`);
+        ids (B,) where it needs them."""
         return Terms({})
 
     def objectives(self, below: Below) -> tuple[Objective, ...]:
         """Losses with optimizers of their own; asked once, when the learner is built."""
         return ()
 
-    def others(self, peers: Peers) -> dict[str, Tensor]:
-        """Their values, () each, by their names. All gradients of a step are taken at one point, then all optimizers step."""
+    def others(self, peers: Peers, y: Tensor) -> dict[str, Tensor]:
+        """Their values, () each, by their names: means over samples with a label. All gradients of a step are taken at one point,
+        then all optimizers step."""
         return {}
 
     def after_step(self, kept: Sequence[Tensor], y: Tensor, ids: Tensor, ok: Tensor) -> None:

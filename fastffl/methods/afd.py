@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..fusion import Discriminator, sized, transfer
 from ..recipe import MethodConfig
 from ..values import CohortSpec, Edge, Graph, Objective, Peers
-from ._base import Below, Method
+from ._base import Below, Method, shares
 
 
 class AFD(Method):
@@ -50,10 +50,11 @@ class AFD(Method):
                 made.append(Objective(f"{name}/{k}", params, self.config.lr, self.config.weight_decay))
         return tuple(made)
 
-    def others(self, peers: Peers) -> dict[str, Tensor]:
+    def others(self, peers: Peers, y: Tensor) -> dict[str, Tensor]:
         maps = [t(sized(f, peers.maps[self.small])) for t, f in zip(self.transfers, peers.maps, strict=True)]
-        values = {}
+        values, share = {}, shares(y)
         for n, (k, tell) in enumerate(zip(self.graph.peers, self.discriminators, strict=True)):
-            values[f"generate/{k}"] = (1 - tell(maps[n])).square().mean()
-            values[f"tell/{k}"] = (1 - tell(maps[n - 1].detach())).square().mean() + tell(maps[n].detach()).square().mean()
+            values[f"generate/{k}"] = ((1 - tell(maps[n])).square() * share).sum()
+            theirs, mine = tell(maps[n - 1].detach()), tell(maps[n].detach())
+            values[f"tell/{k}"] = (((1 - theirs).square() + mine.square()) * share).sum()
         return values

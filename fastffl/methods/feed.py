@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..fusion import sized, translator, unit
 from ..recipe import MethodConfig, Recipe
 from ..values import CohortSpec, Graph, Needs, Peers
-from ._base import Method, Terms
+from ._base import Method, Terms, shares
 from ._teachers import TaughtConfig, alone, run_before
 
 
@@ -52,9 +52,9 @@ class FEED(Method):
         return first, *(run_before(recipe, first.nets.names, config, k) for k in range(2, config.count + 1))
 
     def extra(self, peers: Peers, y: Tensor, ids: Tensor | None) -> Terms:
-        values = {}
+        values, share = {}, shares(y)
         for k, f, translators in zip(self.graph.peers, peers.maps, self.translators, strict=True):
             pairs = zip(peers.teacher.maps, translators, strict=True)  # type: ignore[union-attr, call-overload]
-            parts = [(unit(sized(x, f)) - unit(ntl(f))).abs().mean() for x, ntl in pairs]
+            parts = [((unit(sized(x, f)) - unit(ntl(f))).abs().mean(1) * share).sum() for x, ntl in pairs]
             values[f"feed/{k}"] = sum(parts[1:], parts[0])
         return Terms(values)

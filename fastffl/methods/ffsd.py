@@ -18,7 +18,7 @@ from ..errors import UsageError
 from ..fusion import ConvFusion, Decoder, apart, attention, drawn, flipped, sized
 from ..recipe import MethodConfig
 from ..values import CohortSpec, Edge, Graph, Needs, Objective, Peers
-from ._base import Below, Method, Terms
+from ._base import Below, Method, Terms, shares
 
 
 class FFSD(Method):
@@ -99,33 +99,34 @@ class FFSD(Method):
     def extra(self, peers: Peers, y: Tensor, ids: Tensor | None) -> Terms:
         assert self._held is not None
         (joined, fused), self._held = self._held, None
-        f = peers.maps[0]
-        lead = apart(attention(f), attention(fused)) + apart(attention(self.trans(f)), attention(joined))
-        values = {"lead": lead + self._guessed(self.lead, peers, fused)}
+        f, share = peers.maps[0], shares(y)
+        lead = apart(attention(f), attention(fused), share) + apart(attention(self.trans(f)), attention(joined), share)
+        values = {"lead": lead + self._guessed(self.lead, peers, fused, share)}
         for n, k in enumerate(self.students[1:], 2):
             before = peers.maps[n - 1].detach()
             wanted, turned = flipped(before)
             seen = F.normalize(attention(peers.maps[n]), dim=1)
-            values[f"apart/{k}"] = (seen - wanted).square().mean() + self._guessed(k, peers, turned)
+            away = ((seen - wanted).square().mean(1) * share).sum()
+            values[f"apart/{k}"] = away + self._guessed(k, peers, turned, share)
         return Terms(values)
 
-    def _guessed(self, peer: str, peers: Peers, f: Tensor) -> Tensor:
+    def _guessed(self, peer: str, peers: Peers, f: Tensor, share: Tensor) -> Tensor:
         """Distance of a peer's earlier attention to what its decoder guesses from the map f."""
         with torch.no_grad():
             guessed = self.decoders[peer](f, still=True)
         mine = peers.taps[int(peer[1:])][-2:0:-1]
-        parts = [apart(attention(a), attention(sized(b, a))) for a, b in zip(mine, guessed, strict=True)]
+        parts = [apart(attention(a), attention(sized(b, a)), share) for a, b in zip(mine, guessed, strict=True)]
         return sum(parts[1:], parts[0])
 
     def objectives(self, below: Below) -> tuple[Objective, ...]:
         return tuple(Objective(f"decode/{k}", tuple(d.parameters()), 1e-3, 1e-4) for k, d in self.decoders.items())
 
-    def others(self, peers: Peers) -> dict[str, Tensor]:
-        values = {}
+    def others(self, peers: Peers, y: Tensor) -> dict[str, Tensor]:
+        values, share = {}, shares(y)
         for k, decoder in self.decoders.items():
             taps = [t.detach() for t in peers.taps[int(k[1:])]]
             pairs = [(a, sized(b, a)) for a, b in zip(taps[-2:0:-1], decoder(taps[-1]), strict=True)]
-            parts = [apart(b, a) + apart(attention(b), attention(a)) for a, b in pairs]
+            parts = [apart(b, a, share) + apart(attention(b), attention(a), share) for a, b in pairs]
             values[f"decode/{k}"] = self.config.decoders * sum(parts[1:], parts[0])
         return values
 

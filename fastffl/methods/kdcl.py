@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..recipe import MethodConfig
 from ..values import CohortSpec, Edge, Graph, Needs, Peers
-from ._base import Method
+from ._base import Method, shares
 
 ROUNDS = 24  # of the search for the weights of `linear`: within 1e-3 of the least cross-entropy for 2 to 5 peers of any scale
 
@@ -59,8 +59,7 @@ class KDCL(Method):
         label = F.one_hot(y.clamp(min=0), z.shape[2]).float()
         if self.how == "minlogit":
             return {"teacher": (z - (z * label).sum(2, keepdim=True)).amin(0)}
-        known = (y >= 0).float()  # a sample without a label has no say
-        share = (known / known.sum().clamp(min=1))[:, None]
+        share = shares(y)[:, None]
         if self.how == "naive":
             return {"teacher": _best(_mixed(torch.eye(len(z), device=z.device), z), label * share)}
         return {"teacher": _linear(z, label, share)}

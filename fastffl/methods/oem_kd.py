@@ -14,7 +14,7 @@ from ..fusion import adapter
 from ..nets import ZOO, known
 from ..recipe import MethodConfig
 from ..values import CohortSpec, Edge, Graph, Needs, Peers
-from ._base import Method, Terms
+from ._base import Method, Terms, shares
 
 
 class OEMKD(Method):
@@ -71,8 +71,7 @@ class OEMKD(Method):
         return (nets[0], *(f"{base}@{width * (count - k) / count:g}" for k in range(1, count))), cls.Config()
 
     def extra(self, peers: Peers, y: Tensor, ids: Tensor | None) -> Terms:
-        keep = (y >= 0).float()
-        share = keep / keep.sum().clamp(min=1)  # a sample without a label weighs nothing here, too
+        share = shares(y)
         wide = [f.detach().float() for f in peers.taps[self.widest]]
         values = {}
         for k, adapters in zip(self.narrow, self.adapters, strict=True):

@@ -270,6 +270,8 @@ def prime(step: Step, x: Tensor, *labels: Tensor) -> int:
             seen.clear()
     step.forget()
     step.load(saved)
+    if step.flat:
+        step.flat.g.zero_()  # what no parameter owns of it was multiplied by whatever memory held
     set_rng_state(random_state)
     _launch.compile_all(seen, _threads())
     return len(seen)

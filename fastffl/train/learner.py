@@ -221,7 +221,7 @@ class Learner(nn.Module):
                 peers = peers._replace(teacher=self.teacher(x, views))
             made = self.method.nodes(peers, y)
             extra = self.method.extra(peers, y, ids)
-            others = self.method.others(peers) if self.objectives else {}
+            others = self.method.others(peers, y) if self.objectives else {}
         out = self.loss(peers, made, y, ramp, *mixed)
         loss = out.loss
         for name, weight in graph.extra.items():

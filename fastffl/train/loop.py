@@ -278,8 +278,8 @@ class Trainer:
 
     def _put(self, batch: Batch) -> Batch:
         x = batch.x.to(self.plan.device, memory_format=self.plan.memory_format, non_blocking=True)
-        y, *mixed = (t.to(self.plan.device, non_blocking=True) for t in batch.labels)
-        return Batch(x.to(self.plan.images), y, batch.id, *mixed)
+        id, y, *mixed = (t.to(self.plan.device, non_blocking=True) for t in (batch.id, *batch.labels))
+        return Batch(x.to(self.plan.images), y, id, *mixed)
 
     def _score(self, stop: Stopper) -> dict[str, dict[str, Any]]:
         # ranks may have unequal numbers of batches here, so several stop only after the last one

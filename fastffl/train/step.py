@@ -403,6 +403,9 @@ class Step:
 
     def load(self, state: dict[str, Any]) -> None:
         """The inverse of `state`, in place."""
+        if self.average:  # before the learner, whose memory holds some of it on a GPU, which a CPU's run averages
+            self.average.model.load_state_dict(state["average"]["model"])
+            self.average.count.copy_(state["average"]["count"])
         self.learner.load_state_dict(state["learner"])
         mine = [{k: group[k] for k in HOW if k in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -414,9 +417,6 @@ class Step:
             self._share_rate()
         if self.scaler:
             _copy(self.scaler.state(), state["scaler"])
-        if self.average:
-            self.average.model.load_state_dict(state["average"]["model"])
-            self.average.count.copy_(state["average"]["count"])
         _copy(self.meters.state(), state["meters"])
         _copy({"streak": self.streak, "skipped": self.skipped, "bad": self.bad}, state["skips"])
 

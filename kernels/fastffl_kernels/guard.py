@@ -79,6 +79,8 @@ def guard_reference(
         true_norm = norm if factor is None else norm * factor
         shrink = (clip / (true_norm + 1e-6)).clamp(max=1.0)
         factor = shrink if factor is None else factor * shrink
+    if factor is not None:
+        factor = torch.where(ok, factor, 0)
     if scale is not None and good is not None:
         full = good + 1 >= EVERY
         grown = torch.where(full, scale * 2, scale)
@@ -208,7 +210,7 @@ def guard(
     Loss, terms and norm of float64 go to the reference.
 
     The fp16 loss scale halves on a bad step, doubles after EVERY good ones and stays at least FLOOR; a halted run leaves it.
-    Where a step is not ok, `factor` may be anything. ValueError says what was wrong with shapes, dtypes or devices.
+    Where a step is not ok, `factor` is 0: who multiplies by it all the same leaves zeros as they are. ValueError says what was wrong with shapes, dtypes or devices.
     """
     if (grads is None) == (norm is None):
         raise ValueError(f"grads and norm are {'both None' if grads is None else 'both given'}; expected exactly one of them")

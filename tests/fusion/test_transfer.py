@@ -1,5 +1,6 @@
 """What brings one net's map into another's space, and the measures of how far two maps are apart: by hand, in loops."""
 
+import copy
 import math
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastffl.fusion import Discriminator, adapter, apart, attention, sized, transfer, translator, unit
+from fastffl.fusion import Discriminator, Gate, adapter, apart, attention, sized, transfer, translator, unit
+from fastffl.fusion.transfer import normed
 from fastffl.values import MapSpec
 
 A, B = MapSpec(6, 4, 5), MapSpec(9, 2, 3)
@@ -53,17 +55,21 @@ def test_lengths_and_distances(dtype: torch.dtype) -> None:
     for a, b in zip(f.float().flatten(1).tolist(), g.float().flatten(1).tolist(), strict=True):
         na, nb = math.hypot(*a), math.hypot(*b)
         total += sum((x / na - y / nb) ** 2 for x, y in zip(a, b, strict=True))
-    assert float(apart(f, g)) == pytest.approx(total / 24, rel=1e-5)
-    assert unit(f).dtype == apart(f, g).dtype == attention(f).dtype == torch.float32
+    even = torch.full((3,), 1 / 3)
+    assert float(apart(f, g, even)) == pytest.approx(total / 24, rel=1e-5)
+    assert float(apart(f, g, torch.tensor([0.0, 1.0, 0.0]))) == pytest.approx(
+        float(apart(f[1:2], g[1:2], torch.ones(1))), rel=1e-5
+    )
+    assert unit(f).dtype == apart(f, g, even).dtype == attention(f).dtype == torch.float32
     torch.testing.assert_close(unit(f).norm(dim=1), torch.ones(3))
-    assert float(apart(f, 8 * f)) < 1e-12
+    assert float(apart(f, 8 * f, even)) < 1e-12
     want = [[(float(x[0, i, j]) ** 2 + float(x[1, i, j]) ** 2) / 2 for i in (0, 1) for j in (0, 1)] for x in f]
     torch.testing.assert_close(attention(f), torch.tensor(want))
 
 
 def test_a_map_of_zeros_has_no_length_and_no_nan() -> None:
     f = torch.zeros(2, 3, 2, 2, requires_grad=True)
-    loss = apart(f, torch.randn(2, 3, 2, 2))
+    loss = apart(f, torch.randn(2, 3, 2, 2), torch.full((2,), 0.5))
     loss.backward()
     assert loss.isfinite() and f.grad is not None and bool(f.grad.isfinite().all())
 
@@ -79,3 +85,18 @@ def test_the_discriminator_by_hand() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert d.float()(f.float()).dtype == torch.float32
     assert sum(isinstance(m, nn.BatchNorm2d) for m in d.modules()) == 2
+
+
+def test_one_value_has_no_variance() -> None:
+    """A batch of one image of a map of one place goes by the running statistics; all others by their own."""
+    norm = nn.BatchNorm2d(3)
+    norm(torch.randn(4, 3, 2, 2))
+    x = torch.randn(1, 3, 1, 1)
+    before = norm.running_mean.clone()
+    torch.testing.assert_close(normed(norm, x), copy.deepcopy(norm).eval()(x))
+    assert torch.equal(norm.running_mean, before)
+    two = torch.cat([x, -x])
+    torch.testing.assert_close(normed(norm, two).mean((0, 2, 3)), norm.bias.detach(), atol=1e-5, rtol=0)
+    assert normed(nn.Identity(), x) is x
+    assert Discriminator(4)(torch.randn(1, 4, 1, 1)).shape == (1,)
+    assert Gate(4, 2)(torch.randn(1, 4, 3, 3), (torch.ones(1, 5), torch.ones(1, 5))).shape == (1, 5)

@@ -199,7 +199,7 @@ def test_decoders_statistics_move_by_their_own_terms_alone() -> None:
     method.nodes(peers, y)
     method.extra(peers, y, None)
     assert all(torch.equal(b, before[n]) for n, b in method.decoders.named_buffers())
-    method.others(peers)
+    method.others(peers, y)
     assert not any(torch.equal(b, before[n]) for n, b in method.decoders.named_buffers())
 
 

@@ -137,6 +137,20 @@ def test_a_step_that_is_not_finite_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("dtype", [None, BF16, torch.float16])
+def test_a_clipped_run_goes_on_after_a_step_that_is_not_finite(name: str, dtype: torch.dtype | None) -> None:
+    """Gradients are multiplied by the clipping factor in one buffer: of a bad step NaN stayed where no parameter lies, and no
+    later step was finite."""
+    _, flat = pair(tiny.recipe(optim__name=name, optim__lr=1e-3, optim__clip=5.0), dtype)
+    bad = batch()
+    bad.x[1, 0, 2, 2] = float("nan")
+    flat(bad)
+    run(flat, 2)
+    assert int(flat.skipped) == 1 and int(flat.streak) == 0
+    assert flat.flat is not None and bool(flat.flat.g.isfinite().all())
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
 @pytest.mark.parametrize("back", [False, True])
 def test_states_go_between_flat_and_plain_steps(name: str, back: bool) -> None:
     """A run that began on a GPU goes on on a CPU, and the other way round."""

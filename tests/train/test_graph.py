@@ -380,6 +380,7 @@ def test_priming_leaves_no_trace(changes: dict[str, Any], before: int) -> None:
             step(batch(at=8 * k))
         if primed:
             assert prime(step, *batch(at=3)[:2]) == 0, "no launch without Triton"
+            assert step.flat is not None and not step.flat.g.any()
         for k in range(3):
             step(batch(at=8 * k))
         ends.append(whole(step))

@@ -99,7 +99,7 @@ def _decide(
         tl.store(count, n + one.to(tl.float32))
     tl.store(ok_out, one.to(tl.uint8))
     tl.store(found_inf, (1 - one).to(tl.float32))
-    tl.store(factor_out, factor)
+    tl.store(factor_out, tl.where(skip, 0.0, factor))
     tl.store(blend, part)
     given = tl.load(rows)
     _add_terms(term_sum, hard, index, H, given, skip)
