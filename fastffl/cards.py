@@ -34,7 +34,7 @@ def cost(kind: type[Method]) -> Cost:
     made = sample(kind)
     x, y = torch.zeros(2 * made.needs.views, 3, SIZE, SIZE), torch.zeros(2, dtype=torch.int64)
     ids = (torch.arange(2),) if made.needs.ids else ()
-    made.method.prepare(torch.arange(SAMPLES) % CLASSES)
+    made.prepare(torch.arange(SAMPLES) % CLASSES)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         made(x, y, torch.ones(()), *ids)
     plain = net_facts(NET, CLASSES, 3, SIZE).macs
@@ -47,7 +47,7 @@ def cost(kind: type[Method]) -> Cost:
         macs=counter.get_total_flops() / 2 / 2 / plain,
         views=made.needs.views,
         optimizers=1 + len(made.objectives),
-        runs=len(kind.earlier(asked)),
+        runs=len(methods.ask(kind, "earlier", asked)),
     )
 
 
@@ -62,7 +62,7 @@ def _memory(method: nn.Module) -> int:
 
 def sample(kind: type[Method], peers: int = PEERS) -> Learner:
     """A learner of the method as a recipe of so many equal nets would have it."""
-    nets, config = kind.arranged((NET,) * max(peers, kind.min_peers))
+    nets, config = methods.ask(kind, "arranged", (NET,) * max(peers, kind.min_peers))
     return Learner(nets, config, classes=CLASSES, size=SIZE, samples=SAMPLES)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import methods
-from .errors import FastFFLError, UsageError
+from .errors import FastFFLError, UsageError, first_line
 from .exporting import export, load
 from .methods import Method
 from .nets import plain
@@ -42,7 +42,7 @@ def learner(kind: type[Method], peers: int = 3) -> Learner:
     count = min(max(peers, kind.min_peers), kind.max_peers or 99)
     config: Any = kind.Config(name=kind.name)
     made = Learner([NET] * count, config, classes=CLASSES, size=SIZE, channels=1, samples=ROWS)
-    made.method.prepare(torch.arange(ROWS) % CLASSES)
+    made.prepare(torch.arange(ROWS) % CLASSES)
     return made
 
 
@@ -75,6 +75,7 @@ def card(kind: type[Method]) -> None:
     for key in ("paper", "summary", "deviations"):
         need(bool(getattr(kind, key)), f"{key} is empty")
     need(kind.summary.endswith(".") and kind.deviations.endswith("."), "summary and deviations are sentences and end in a dot")
+    need(kind.min_peers <= (kind.max_peers or kind.min_peers), f"min_peers {kind.min_peers} is above max_peers {kind.max_peers}")
     need(1800 < kind.year < 2200, f"year is {kind.year}")
     mute = [k for k, info in kind.Config.model_fields.items() if not info.description and k != "name"]
     need(not mute, f"settings without a docstring: {', '.join(mute)}")
@@ -255,5 +256,5 @@ def run(name: str) -> dict[str, str]:
         except FastFFLError as error:
             found[title] = str(error)
         except Exception as error:  # a stranger's method may raise anything
-            found[title] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            found[title] = first_line(error)
     return found

@@ -408,7 +408,7 @@ def bench_data(
 
 @app.command
 def sweep(
-    recipe: Annotated[str, Parameter(help="as for `fastffl train`, whose flags it takes, too")],
+    recipe: Annotated[str, Parameter(help="as for `fastffl train`; its flags, too, but --method, --seed and --resume")],
     *,
     methods: Annotated[str, Parameter(help="A,B,... or all (see `fastffl methods`)")],
     seeds: Annotated[str, Parameter(help="0,1,2")] = "0,1,2",
@@ -530,6 +530,8 @@ def methods(name: str | None = None, what: str | None = None, /, *, json: Json =
     """List the methods, or show one: its card. `fastffl methods check NAME` runs what must hold for every method on one."""
     from . import methods as known
 
+    for sentence in known.unused():
+        print(f"note: {printable(sentence)}", file=sys.stderr)
     if name == "check":
         if what is None:
             raise UsageError(f"name the method: fastffl methods check NAME; there are {', '.join(known.names())}")

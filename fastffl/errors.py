@@ -11,6 +11,12 @@ class FastFFLError(Exception):
     exit_code = 1
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of someone else's code says, on one line of bearable length."""
+    text = (str(error).strip().splitlines() or [""])[0][:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 class UsageError(FastFFLError):
     """A flag, recipe, method, model or folder that can't be used."""
 

@@ -149,7 +149,8 @@ def read_file(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _foreign(path: str | Path, error: Exception) -> UsageError:
-    why = (str(error).splitlines() or [type(error).__name__])[0]
+    missing = isinstance(error, KeyError)
+    why = f"it says nothing of its {error.args[0]}" if missing else (str(error).splitlines() or [type(error).__name__])[0]
     return UsageError(f"{path} can't be read as an export of fastffl: {why}")
 
 

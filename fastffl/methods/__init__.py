@@ -6,10 +6,13 @@ import inspect
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import Any
 
-from ..errors import UsageError, nearest
+from ..errors import FastFFLError, UsageError, first_line, nearest
+from ..recipe import MethodConfig
 from ._base import Method as Method
 from ._base import Published as Published
+from ._base import Terms as Terms
 
 GROUP = "fastffl.methods"
 
@@ -21,9 +24,26 @@ def own() -> tuple[str, ...]:
     return tuple(f.removesuffix("_").replace("_", "-") for f in found)
 
 
+def _points() -> list[EntryPoint]:
+    return sorted({*entry_points(group=GROUP)}, key=lambda e: (e.name, e.value))
+
+
 def plugins() -> dict[str, EntryPoint]:
     """Methods of other packages by name; one that is called as a method here is not among them."""
-    return {e.name: e for e in sorted(entry_points(group=GROUP), key=lambda e: e.name) if e.name not in own()}
+    return {e.name: e for e in _points() if e.name not in own()}
+
+
+def unused() -> list[str]:
+    """A sentence about every method of another package that is called as one here."""
+    return [
+        f"method {e.name} of {_package(e)} is not used: fastffl has one of that name; give it another"
+        for e in _points()
+        if e.name in own()
+    ]
+
+
+def _package(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist else entry.value
 
 
 def names() -> list[str]:
@@ -34,6 +54,19 @@ def names() -> list[str]:
 def foreign(kind: type[Method]) -> bool:
     """Whether a method is another package's."""
     return not kind.__module__.startswith(f"{__name__}.")
+
+
+def ask(method: Method | type[Method], hook: str, *given: Any) -> Any:
+    """What a method's hook (`needs`, `arranged`, ...) gives. UsageError with its name where another package's raises."""
+    kind = method if isinstance(method, type) else type(method)
+    try:
+        return getattr(method, hook)(*given)
+    except FastFFLError:
+        raise
+    except Exception as error:
+        if not foreign(kind):
+            raise
+        raise UsageError(f"method {kind.name} raises in {hook}: {first_line(error)}; mend its package") from error
 
 
 def load(name: str) -> type[Method]:
@@ -47,16 +80,20 @@ def load(name: str) -> type[Method]:
         return found[0]
     if name not in plugins():
         raise UsageError(f"no method is called {name!r}{nearest(name, names())}")
-    return _plugged(name, plugins()[name])
+    rivals = [e for e in _points() if e.name == name]
+    if len(rivals) > 1:
+        bring = " and ".join(f"{_package(e)} ({e.value})" for e in rivals)
+        raise UsageError(f"method {name} is brought by {bring}; uninstall all but one")
+    return _plugged(name, rivals[0])
 
 
 def _plugged(name: str, entry: EntryPoint) -> type[Method]:
     """The class an entry point gives. UsageError where it gives none, or one that is not whole."""
-    where = f"method {name} of {entry.dist.name if entry.dist else entry.value}"
+    where = f"method {name} of {_package(entry)}"
     try:
         kind = entry.load()
-    except Exception as error:  # a stranger's module may raise anything when imported
-        raise UsageError(f"{where} can't be imported: {type(error).__name__}: {error}; mend or uninstall it") from error
+    except (Exception, SystemExit) as error:  # a stranger's module may raise anything when imported
+        raise UsageError(f"{where} can't be imported: {first_line(error)}; mend or uninstall it") from error
     if not (inspect.isclass(kind) and issubclass(kind, Method)):
         raise UsageError(f"{where}: {entry.value} is {kind!r}; expected a subclass of fastffl.methods.Method")
     lacking = [k for k in ("name", "paper", "year", "summary", "status", "deviations", "Config") if not hasattr(kind, k)]
@@ -64,4 +101,10 @@ def _plugged(name: str, entry: EntryPoint) -> type[Method]:
         raise UsageError(f"{where} lacks {', '.join(lacking)}; set them on {kind.__name__}")
     if kind.name != name:
         raise UsageError(f"{where} calls itself {kind.name!r}; the entry point and the class must have one name")
+    try:
+        config = kind.Config(name=name)
+    except Exception as error:  # pydantic's, of a setting without a default; anything, of a class that is something else
+        raise UsageError(f"{where}: its Config can't be made bare: {first_line(error)}; give each a default") from error
+    if not isinstance(config, MethodConfig):
+        raise UsageError(f"{where}: its Config is no subclass of fastffl.recipe.MethodConfig; make it one")
     return kind

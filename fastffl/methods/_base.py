@@ -97,9 +97,10 @@ class Method(nn.Module):
                 "name fewer with --model A,B"
             )
         if self.stem == "shared" and spec.stem is None:
-            unlike = len({n.partition("@")[0] for n in spec.nets}) > 1
-            got = f", got {', '.join(spec.nets)}; name equal ones with --model" if unlike else " with --set nets.share_stem=true"
-            raise UsageError(f"method {self.name} needs peers of one architecture{got}")
+            if len({n.partition("@")[0] for n in spec.nets}) == 1:
+                raise UsageError(f"method {self.name} needs peers that share their stem; use --set nets.share_stem=true")
+            got = f"got {', '.join(spec.nets)}; name equal ones with --model"
+            raise UsageError(f"method {self.name} needs peers of one architecture, {got}")
         if self.stem == "separate" and spec.stem is not None:
             raise UsageError(f"method {self.name} trains separate nets; use --set nets.share_stem=false")
 

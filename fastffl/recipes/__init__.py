@@ -56,7 +56,12 @@ def with_method(made: Recipe, name: str) -> Recipe:
     kind = methods.load(name)
     if made.method.name == name and len(made.nets.names) >= kind.min_peers:
         return made
-    names, config = kind.arranged(made.nets.names)
+    arranged = methods.ask(kind, "arranged", made.nets.names)
+    if not (isinstance(arranged, tuple) and len(arranged) == 2 and isinstance(arranged[1], MethodConfig)):
+        raise UsageError(
+            f"method {name}: arranged() gives {type(arranged).__name__}; expected (names of nets, settings); mend it"
+        )
+    names, config = arranged
     if made.method.name == name:
         config = made.method
     nets = made.nets.model_copy(update={"names": names, "share_stem": None, "private": None})

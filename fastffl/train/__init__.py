@@ -160,7 +160,7 @@ def _earlier(
     learner: Learner, data: Source, recipe: Recipe, path: Path, resume: str, progress: Progress, where: Plan, ranks: Ranks
 ) -> None:
     """Train what the method needs before, run by run in PATH/before-1, ..., and begin where the last one ended."""
-    runs = () if getattr(learner.config, "teachers", ()) else type(learner.method).earlier(recipe)
+    runs = () if getattr(learner.config, "teachers", ()) else methods.ask(learner.method, "earlier", recipe)
     before: Learner | None = None
     for k, earlier in enumerate(runs, 1):
         nets = " + ".join(earlier.nets.names)

@@ -2,18 +2,18 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import methods
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from ..losses import GraphLoss, scores
 from ..nets import Cohort, Frozen, MeanTeacher, NoStages, backbone, known, probe
 from ..nets.adapter import Backbone
 from ..recipe import MethodConfig, Recipe
-from ..values import CohortSpec, Graph
+from ..values import CohortSpec, Graph, Needs
 from . import teachers
 from .device import Plan
 
@@ -62,8 +62,10 @@ class Learner(nn.Module):
         config = kind.Config(name=kind.name) if isinstance(method, str) else method
         kinds = tuple(known(n) if isinstance(n, str) else type(n).__name__ for n in nets)
         self.config = config = teachers.settled(config, kinds, kind.name)
-        needs = kind.needs(config, kinds)
-        shared = kind.shares(kinds, share_stem)
+        needs = methods.ask(kind, "needs", config, kinds)
+        if not isinstance(needs, Needs):
+            raise UsageError(f"method {kind.name}: needs() gives {type(needs).__name__}; expected fastffl.values.Needs; mend it")
+        shared = methods.ask(kind, "shares", kinds, share_stem)
         if share_stem is None and shared and not all(isinstance(n, str) for n in nets):
             shared = False
         peers: list[Backbone] = []
@@ -109,7 +111,7 @@ class Learner(nn.Module):
         if needs.average is not None:
             self.teacher = MeanTeacher(self.cohort, needs.average)
         self.channels, self.size, self.pretrained = channels, size, pretrained
-        self.objectives = self.method.objectives(self._below)
+        self.objectives = methods.ask(self.method, "objectives", self._below)
         if methods.foreign(kind):
             self._tried()
         self.loss = GraphLoss(self.method.graph)
@@ -119,41 +121,62 @@ class Learner(nn.Module):
     def _made(self, kind: type[methods.Method]) -> methods.Method:
         """The method, built. UsageError, with its name, where another package's can't be."""
         try:
-            return kind(self.config, self.spec)
+            made = kind(self.config, self.spec)
         except UsageError:
             raise
         except Exception as error:
             if not methods.foreign(kind):
                 raise
-            raise UsageError(f"method {kind.name} can't be built: {type(error).__name__}: {error}; mend its package") from error
+            raise UsageError(f"method {kind.name} can't be built: {first_line(error)}; mend its package") from error
+        if not isinstance(getattr(made, "graph", None), Graph):
+            raise UsageError(f"method {kind.name} sets no self.graph, a fastffl.values.Graph; mend its package")
+        return made
 
     @torch.no_grad()
     def _tried(self) -> None:
-        """UsageError where another package's method gives no predictions of this data's shape."""
-        name, graph = self.method.name, self.graph
-        x, y = torch.zeros(2, self.channels, self.size, self.size), torch.zeros(2, dtype=torch.int64)
+        """UsageError where another package's method gives no predictions, votes, terms or losses of this data's shape."""
+        if self.needs.ids and self.spec.samples:
+            self.prepare(torch.arange(self.spec.samples) % self.spec.classes)
         was = self.training
         self.eval()
         try:
-            peers = self.cohort(x)
-            if self.teacher is not None:
-                peers = peers._replace(teacher=self.teacher(x))
-            made = self.method.nodes(peers, y)
-            terms = self.method.extra(peers, y, torch.zeros(2, dtype=torch.int64)).values
-        except Exception as error:
-            text = str(error).strip().splitlines() or [""]
-            raise UsageError(f"method {name} raises {type(error).__name__}: {text[0][:200]}; mend its package") from error
+            for rows in (2, 3):
+                self._tried_on(rows)
         finally:
             self.train(was)
-        if set(made) != set(graph.made) or set(terms) != set(graph.extra):
-            want = (*graph.made, *graph.extra)
-            raise UsageError(f"method {name} gives {(*made, *terms)}; its graph names {want}; mend its package")
-        for node, z in made.items():
-            if z.shape != (2, self.spec.classes):
-                raise UsageError(
-                    f"method {name} gives {node} of shape {tuple(z.shape)} for 2 images; expected (2, {self.spec.classes}), a "
-                    "row of logits each; mend its package"
-                )
+
+    def _tried_on(self, rows: int) -> None:
+        graph, classes = self.graph, self.spec.classes
+        x = torch.zeros(rows * self.needs.views, self.channels, self.size, self.size)
+        y = torch.zeros(rows, dtype=torch.int64)
+        peers = self.cohort(x, self.needs.views)
+        if self.teacher is not None:
+            peers = peers._replace(teacher=self.teacher(x, self.needs.views))
+        made = methods.ask(self.method, "nodes", peers, y)
+        self._gives("nodes", made, graph.made, (rows, classes), f"a row of {classes} logits for each of {rows} images")
+        terms = methods.ask(self.method, "extra", peers, y, torch.zeros(rows, dtype=torch.int64))
+        if not isinstance(terms, methods.Terms):
+            raise UsageError(f"method {self.method.name}: extra() gives {type(terms).__name__}; expected Terms; mend its package")
+        self._gives("extra", terms.values, tuple(graph.extra), (), "one number")
+        if self.objectives:
+            losses = methods.ask(self.method, "others", peers, y)
+            self._gives("others", losses, tuple(o.name for o in self.objectives), (), "one number")
+        seen = peers if self.teacher is None else peers._replace(teacher=self.teacher(x))
+        votes = methods.ask(self.method, "nodes", seen)
+        if not isinstance(votes, dict) or {n for n in graph.votes if n in graph.made} - {*votes}:
+            raise UsageError(
+                f"method {self.method.name}: nodes() gives {_named(votes)} without labels, as evaluation asks for them; "
+                f"its votes are {graph.votes}; mend its package"
+            )
+
+    def _gives(self, hook: str, found: Any, names: tuple[str, ...], shape: tuple[int, ...], what: str) -> None:
+        name = self.method.name
+        if not isinstance(found, dict) or {*found} != {*names}:
+            raise UsageError(f"method {name}: {hook}() gives {_named(found)}; its graph names {names}; mend its package")
+        for key, value in found.items():
+            if not isinstance(value, Tensor) or value.shape != shape:
+                has = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+                raise UsageError(f"method {name}: {hook}() gives {key} of {has}; expected {shape}, {what}; mend its package")
 
     @classmethod
     def build(cls, recipe: Recipe, classes: int, channels: int, size: int, samples: int = 0) -> "Learner":
@@ -242,9 +265,13 @@ class Learner(nn.Module):
             made = self.method.nodes(peers)
         return scores(self.graph, peers, made)
 
+    def prepare(self, labels: Tensor | None) -> None:
+        """Before the first step: the labels of all training images, (N,) int64, by id; None where the data set does not say."""
+        methods.ask(self.method, "prepare", labels)
+
     def begin(self, before: "Learner") -> None:
         """Start from the last of the runs that had to be finished first."""
-        self.method.inherit(self.cohort, self.teacher, before)
+        methods.ask(self.method, "inherit", self.cohort, self.teacher, before)
 
     def vote(self, name: str) -> str:
         """`name`, if this learner has such a vote. UsageError with the votes it has."""
@@ -264,3 +291,8 @@ class Learner(nn.Module):
         """What a vote is: a net's architecture, or the vote's own name."""
         net = self.plain(vote)
         return net.name if net else vote
+
+
+def _named(found: Any) -> str:
+    """What a method gave, without its values."""
+    return str(tuple(found)) if isinstance(found, dict) else type(found).__name__

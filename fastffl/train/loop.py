@@ -68,7 +68,7 @@ class Trainer:
         data.say = self._say if self.ranks.first else self.ranks.say  # what one rank alone meets
         learner.place(plan)
         learner.loss.smoothing = recipe.data.smoothing
-        learner.method.prepare(getattr(data, "labels", None))
+        learner.prepare(getattr(data, "labels", None))
         self.views = {"views": learner.needs.views} if learner.needs.views > 1 else {}
         self.optimizer = optim.build(learner, recipe.optim)
         self.step = Step(learner, self.optimizer, recipe, plan.device, self.ranks)

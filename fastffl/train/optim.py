@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from fastffl_kernels.sgd_flat import FlatParameters, FlatSGD
 
+from .. import methods
 from ..recipe import Optim
 from .learner import Learner
 
@@ -26,7 +27,7 @@ def groups(learner: Learner, optim: Optim) -> list[dict[str, object]]:
 
     Every trainable parameter is in exactly one group, or in an objective; a shared stem counts once.
     """
-    own = learner.method.decay()
+    own = methods.ask(learner.method, "decay")
     made: list[dict[str, object]] = []
     # what the method has for its objectives alone is theirs
     seen = {id(p) for o in learner.objectives for p in o.params} & {id(p) for p in learner.method.parameters()}

@@ -28,6 +28,9 @@ def read(where: str) -> Taught:
     folder, colon, peer = (where, "", "") if Path(where).exists() else where.rpartition(":p")
     if Path(folder).is_dir() and (colon or not peer):
         return _of_run(folder, peer or "0", where)
+    run, colon, vote = where.rpartition(":")
+    if colon and not Path(where).is_file() and Path(run).is_dir():
+        raise UsageError(f"teacher {where}: {vote} is no peer of that run, and one net teaches; name one of its peers, {run}:p0")
     if not Path(where).is_file():
         raise UsageError(
             f"teacher {where}: there is no such run or file; expected a run folder, RUN:p1 or a file of `fastffl export` in "

@@ -91,7 +91,7 @@ def test_the_trunk_learns_at_the_pace_of_one_head(peers: int, middle: int, stem:
 def test_the_tree_can_be_another_and_must_be_one() -> None:
     flat = learner(private=1)
     assert flat.cohort.tree is None and flat.cohort.cut == 3
-    with pytest.raises(UsageError, match=r"method cl-ilr needs peers of one architecture with --set nets\.share_stem=true"):
+    with pytest.raises(UsageError, match=r"method cl-ilr needs peers that share their stem; use --set nets\.share_stem=true"):
         learner(share_stem=False)
     with pytest.raises(UsageError, match="method cl-ilr needs peers of one architecture"):
         Learner(["resnet8", "resnet20"], "cl-ilr", classes=5, size=8)

@@ -120,6 +120,7 @@ def test_a_run_that_lacks_a_part_is_no_teacher(finished: Path, tmp_path: Path) -
     ("where", "said"),
     [
         ("{run}x", r"teacher .*runx: there is no such run or file; expected a run folder, RUN:p1 or a file of"),
+        ("{run}:mean", r"teacher .*run:mean: mean is no peer of that run, and one net teaches; name one of its peers, .*run:p0"),
         ("{run}:p2", r"teacher .*run:p2: that run has the peers p0, p1; name one of them, .*run:p0"),
         ("{run}/last", r"teacher .*last: .*last holds no checkpoint of a run; train it first, or name another with --set meth"),
         ("{run}/recipe.json", r"teacher .*recipe\.json: .* can't be read as an export of fastffl: .*; export it again, or name"),

@@ -38,5 +38,5 @@ def test_gate_learns_from_the_labels_only() -> None:
 def test_separate_stems_are_refused() -> None:
     with pytest.raises(UsageError, match="method one needs peers of one architecture"):
         Learner(["resnet8", "resnet20"], "one", classes=5, size=16)
-    with pytest.raises(UsageError, match="share_stem=true"):
+    with pytest.raises(UsageError, match=r"method one needs peers that share their stem; use --set nets\.share_stem=true"):
         Learner(["resnet8"] * 2, ONE.Config(), classes=5, size=16, share_stem=False)

@@ -318,7 +318,8 @@ def test_the_flat_step_has_the_same_gradients(dtype: torch.dtype | None) -> None
         for k in range(3):
             step(batch(at=8 * k))
     assert int(flat.skipped) == int(plain.skipped)
-    loose = {"rtol": 5e-2, "atol": 3e-2} if dtype else {"rtol": 1e-4, "atol": 2e-5}
+    # a step of Adam is up to 0.01 wide: where a gradient is small its rounding shows, 5e-5 on another CPU
+    loose = {"rtol": 5e-2, "atol": 3e-2} if dtype else {"rtol": 1e-3, "atol": 5e-4}
     for (n, p), q in zip(plain.learner.named_parameters(), flat.learner.parameters(), strict=True):
         if not n.endswith(("low.bias", "high.bias")):  # before a norm: the gradient is rounding, which Adam enlarges
             torch.testing.assert_close(q, p, **loose)
@@ -382,3 +383,13 @@ def test_their_states_are_needed(tmp_path: Path) -> None:
         part["exp_avg"].zero_()
     checkpoint.save(tmp_path / "cut" / "last", state, state["position"]["step"], {})
     assert train(tmp_path / "cut", made).digest != whole
+
+
+def test_a_state_from_a_cpu_is_whole_on_a_gpu() -> None:
+    """There what only objectives change is not averaged but the learner's own: its average must not be loaded over it."""
+    made = tiny.recipe(ema__decay=0.5)
+    plain, flat = step_of(made, None), step_of(made, None, flat=True)
+    for k in range(3):
+        plain(batch(at=8 * k))
+    flat.load(copy.deepcopy(plain.state()))
+    assert checkpoint.digest(flat.state()["learner"]) == checkpoint.digest(plain.state()["learner"])
