@@ -20,9 +20,9 @@ from .data import ids, source
 from .data.processes import cores
 from .errors import FastFFLError, Interrupted, UsageError
 from .recipe import Recipe, change, differences, fields
-from .report.runs import is_run, read, shared, text_of
+from .report.runs import DATA, UNKNOWN, Images, Run, find, images_of, is_run, mixed, newest, read, readable, text_of
 from .train import Learner
-from .train.checkpoint import note, write_file
+from .train.checkpoint import write_file
 from .train.device import plan
 from .train.signals import Stopper
 
@@ -60,23 +60,28 @@ class Job:
 
     def finished(self) -> bool:
         """Whether it has a checkpoint of its last epoch, or of the step it was to end at."""
-        at, most = note(self.run / "last"), self.recipe.run.max_steps
+        at, most = newest(self.run), self.recipe.run.max_steps
         return is_run(self.run) and (
             at.get("epoch", 0) >= self.recipe.sched.epochs or at.get("step", 0) >= (most or float("inf"))
         )
 
     def check(self) -> None:
-        """UsageError where its folder holds a run of other settings."""
+        """UsageError where its folder holds a run of other settings, or can't be read."""
         file = self.run / "recipe.json"
-        if not file.exists():
-            return
-        try:
-            stored = json.loads(file.read_text())
-            changed = differences(stored, self.recipe)
-            if stored["name"] != self.recipe.name:
-                changed.append(f"recipe {stored['name']} -> {self.recipe.name}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UsageError(f"{file} is damaged or not ours; move {self.run} away, or choose another --out DIR") from None
+        self.finished()  # says it where the checkpoints can't be read
+        with readable(file):
+            try:
+                stored = json.loads(file.read_text())
+                changed = differences(stored, self.recipe)
+                if stored["name"] != self.recipe.name:
+                    changed.append(f"recipe {stored['name']} -> {self.recipe.name}")
+                had, asked = stored["method"].get("teachers", []), list(getattr(self.recipe.method, "teachers", ()))
+            except FileNotFoundError:
+                return
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise UsageError(f"{file} is damaged or not ours; move {self.run} away, or {ANOTHER}") from None
+        if had != asked:  # FREE, as a begun run needs them no more; but it would pass for one that these have taught
+            changed.append(f"method.teachers {text_of(had) or 'none'} -> {text_of(asked) or 'none'}")
         if changed:
             raise UsageError(
                 f"{self.run} was trained with other settings ({'; '.join(changed[:4])}); give the same, or {ANOTHER}"
@@ -91,6 +96,7 @@ class Grid(NamedTuple):
     at_once: int
     threads: int
     devices: tuple[str, ...]  # of CUDA_VISIBLE_DEVICES; empty on a CPU
+    images: Images  # what all runs learn
 
 
 class Outcome(NamedTuple):
@@ -143,6 +149,12 @@ def seeds_of(text: str) -> list[int]:
     return list(dict.fromkeys(map(int, words)))
 
 
+def folder_of(recipe: Recipe) -> Path:
+    """Where a sweep lies without --out: sweeps/NAME, of a folder of images sweeps/folder-NAME, as others are other sweeps."""
+    root = Path(recipe.data.root).expanduser().resolve().name if recipe.data.name == "folder" and recipe.data.root else ""
+    return Path("sweeps") / (f"{recipe.name}-{root}" if root else recipe.name)
+
+
 # ---- what is asked
 
 
@@ -160,21 +172,16 @@ def grid(recipes: Mapping[str, Recipe], seeds: Sequence[int], out: Path, jobs: i
     at_once = min(jobs or len(devices) or cores(), len(recipes) * len(seeds))
     before = _before(out)
     threads = _threads(first, before, out, max(1, cores() // at_once))
-    if before:
-        old, new = fields(before["recipe"]), fields(first.model_dump(mode="json"))
-        for path in sorted(old.keys() & new.keys()):
-            if shared(path) and old[path] != new[path]:
-                text = f"{path} {text_of(old[path])} -> {text_of(new[path])}"
-                raise UsageError(f"{out} is a sweep with other settings ({text}); give the same, or {ANOTHER}")
     made = []
-    whole = _buildable(recipes)
+    whole, images = _buildable(recipes)
     for seed in seeds:
         for method, recipe in whole.items():
             own = change(change(recipe, "run.seed", seed), "run.threads", threads)
             made.append(Job(method, own, out / method / f"seed-{seed}"))
+    _comparable(out, before, made, images)
     for job in made:
         job.check()
-    return Grid(out, tuple(made), at_once, threads, devices)
+    return Grid(out, tuple(made), at_once, threads, devices, images)
 
 
 def _devices(recipe: Recipe) -> tuple[str, ...]:
@@ -189,17 +196,26 @@ def _devices(recipe: Recipe) -> tuple[str, ...]:
 def _before(out: Path) -> dict[str, Any]:
     """What an earlier command asked of this folder, {} for a new one."""
     file = out / "sweep.json"
-    if not file.exists():
-        return {}
+    with readable(file):
+        if not file.exists():
+            return {}
     try:
         found = json.loads(file.read_text())
         fields(found["recipe"])
-        fits = isinstance(found["threads"], int) and all(isinstance(found[k], list) for k in ("methods", "seeds"))
+        fits = isinstance(found["recipe"]["method"]["name"], str) and isinstance(found["recipe"]["nets"]["names"], list)
+        fits = fits and isinstance(found["threads"], int) and all(isinstance(found[k], list) for k in ("methods", "seeds"))
+        _images(found)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         fits = False
     if not fits:
         raise UsageError(f"{file} is damaged or not ours; take it away to go on with the runs beside it, or {ANOTHER}")
     return dict(found)
+
+
+def _images(before: dict[str, Any]) -> Images:
+    """The data that sweep.json names; of versions that named none, nothing is known."""
+    data = before.get("data")
+    return Images(tuple(map(str, data["classes"])), int(data["train"]), int(data["val"])) if data else UNKNOWN
 
 
 def _threads(recipe: Recipe, before: dict[str, Any], out: Path, share: int) -> int:
@@ -210,8 +226,34 @@ def _threads(recipe: Recipe, before: dict[str, Any], out: Path, share: int) -> i
     return int(asked or had or share)
 
 
-def _buildable(recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
-    """The recipes with what their methods write out, every learner built once: what can't be is said before the first run."""
+def _comparable(out: Path, before: dict[str, Any], jobs: Sequence[Job], images: Images) -> None:
+    """UsageError where a report could not put the runs asked for into one table with those that are in `out`."""
+
+    def run(path: Path, recipe: dict[str, Any], images: Images) -> Run:
+        return Run(path, recipe, (), {}, None, images=images)
+
+    plan, own = out / "sweep.json", {job.run: job for job in jobs}
+    had = [run(plan, before["recipe"], _images(before))] if before else []
+    for path in find([out]) if out.is_dir() else []:
+        if path in own and not own[path].finished():  # checked on its own; its rows are mended when it goes on
+            had.append(run(path, own[path].recipe.model_dump(mode="json"), images_of(path)))
+            continue
+        try:
+            found = read(path)
+        except UsageError as error:
+            raise UsageError(f"{str(error).rpartition(';')[0]}; move its folder away, or {ANOTHER}") from None
+        had += [found] if found.finished or path in own else []  # a report leaves the others out
+    asked = [run(job.run, job.recipe.model_dump(mode="json"), images) for job in jobs]
+    for what, values in mixed([*had, *asked], ()).items():
+        (old, [one, *_]), (new, _), *_ = values
+        kind, text = ("data", f"{old} -> {new}") if what == DATA else ("settings", f"{what} {old} -> {new}")
+        where = f"{out} is a sweep with" if one.path == plan else f"{one.path} was trained with"
+        raise UsageError(f"{where} other {kind} ({text}); give the same, or {ANOTHER}")
+
+
+def _buildable(recipes: Mapping[str, Recipe]) -> tuple[dict[str, Recipe], Images]:
+    """The recipes with what their methods write out, every learner built once: what can't be is said before the first run. And
+    what they learn."""
     first = next(iter(recipes.values()))
     made = {}
     images = source(first.data)
@@ -226,7 +268,7 @@ def _buildable(recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
                 raise UsageError(text if method in text else f"method {method}: {text}") from None
     finally:
         getattr(images, "close", lambda: None)()
-    return made
+    return made, Images(tuple(images.classes), images.samples("train"), images.samples("val"))
 
 
 # ---- running it
@@ -283,6 +325,7 @@ def _remember(grid: Grid) -> None:
         "seeds": list(dict.fromkeys([*before.get("seeds", []), *seeds])),
         "threads": grid.threads,
         "recipe": before.get("recipe", recipe),
+        "data": before.get("data", grid.images._asdict()),
     }
     write_file(grid.out / "sweep.json", json.dumps(plan, indent=1).encode())
 

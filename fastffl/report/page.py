@@ -7,7 +7,7 @@ from . import svg
 from .runs import Run
 from .svg import shown
 from .table import Line, Table
-from .text import Shown, about, caution, number, summary, votes
+from .text import Shown, about, caution, highest, mean, means, number, summary, votes
 
 # Nothing may be loaded and nothing run, whatever a name turns out to hold.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -70,7 +70,7 @@ def _cell(text: str, kind: str = "td", left: bool = False, more: str = "") -> st
 
 def _table(made: Shown, bold: Sequence[int] = ()) -> str:
     """A table; in the columns `bold` the best mean is strong."""
-    tops = {k: max((_mean(row[k]) for row in made.rows), default=0.0) for k in bold}
+    tops = {k: highest(made, k) for k in bold}
     out = ['<div class="scroll" tabindex="0"><table><thead><tr>']
     out += [_cell(f"<bdi>{shown(c)}</bdi>", "th", k < made.right, ' scope="col"') for k, c in enumerate(made.columns)]
     out.append("</tr></thead><tbody>")
@@ -78,15 +78,10 @@ def _table(made: Shown, bold: Sequence[int] = ()) -> str:
         out.append("<tr>")
         for k, text in enumerate(row):
             inner = f"<bdi>{shown(text)}</bdi>"
-            inner = f"<strong>{inner}</strong>" if k in tops and _mean(text) == tops[k] else inner
+            inner = f"<strong>{inner}</strong>" if k in tops and mean(text) == tops[k] else inner
             out.append(_cell(inner, "td" if k else "th", k < made.right, "" if k else ' scope="row"'))
         out.append("</tr>")
     return "".join([*out, "</tbody></table></div>"])
-
-
-def _mean(text: str) -> float:
-    """The mean in front of a cell, as it is shown; below all others where there is none."""
-    return -1.0 if text == "-" else float(text.split()[0])
 
 
 def _facts(rows: Iterable[tuple[str, str]], heads: tuple[str, str]) -> str:
@@ -98,13 +93,9 @@ def _facts(rows: Iterable[tuple[str, str]], heads: tuple[str, str]) -> str:
     return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{"".join(made)}</tbody></table></div>'
 
 
-def _name(line: Line) -> str:
-    return " ".join([line.label, *line.by])
-
-
 def _series(table: Table, styles: Sequence[str], curve: Callable[[Line, Run], Iterable[tuple[float, float]]]) -> list[svg.Series]:
     named = zip(table.lines, styles, strict=True)
-    return [svg.Series(_name(line), style, tuple(tuple(curve(line, run)) for run in line.runs)) for line, style in named]
+    return [svg.Series(line.name, style, tuple(tuple(curve(line, run)) for run in line.runs)) for line, style in named]
 
 
 def _top1(vote: str | None, run: Run) -> Iterable[tuple[float, float]]:
@@ -119,14 +110,14 @@ def _pictures(table: Table) -> str:
     lines = table.lines
     base = next(k for k, line in enumerate(lines) if line is table.baseline)
     styles = svg.styles(len(lines), base)
-    legend = "".join(f"<li>{svg.swatch(s)}<bdi>{shown(_name(line))}</bdi></li>" for line, s in zip(lines, styles, strict=True))
+    legend = "".join(f"<li>{svg.swatch(s)}<bdi>{shown(line.name)}</bdi></li>" for line, s in zip(lines, styles, strict=True))
     rows = []
     for line, style in zip(lines, styles, strict=True):
         marks = tuple((f"{v} {table.select}", tuple(line.values(v, table.select))) for v in ("p0", line.ships) if v)
-        rows.append(svg.Dots(_name(line), style, marks))
-    p0 = table.baseline.cell("p0")
-    reference = p0.of(table.select).mean if p0 else None
-    final = svg.dots(rows, reference, f"top-1, %, {table.select} epoch")
+        beside = table.base(line)
+        p0 = beside.cell("p0") if beside else None
+        rows.append(svg.Dots(line.name, style, marks, p0.of(table.select).mean if p0 else None))
+    final = svg.dots(rows, f"top-1, %, {table.select} epoch")
     spread = "; the band is the lowest to the highest seed" if len(lines) <= svg.BANDS else "; a line's title has their spread"
     cut = f"Mean over seeds{spread}. The axis fits the second half of the epochs; earlier ones may lie below it."
     charts = (
@@ -148,7 +139,7 @@ def _pictures(table: Table) -> str:
     )
     dotted = (
         "Circle: p0. Diamond: the shipped vote. Bars are one sample standard deviation, faint dots the seeds; "
-        f"the dashed line is p0 of {shown(_name(table.baseline))}."
+        f"the dashed line is p0 of {shown(_baseline(table))}."
     )
     return (
         f"<h2>Where they end</h2>{_figure('Top-1 of the ' + table.select + ' epoch', final, dotted)}"
@@ -171,20 +162,27 @@ def _many(count: int, what: str) -> str:
     return f"{count} {what}{'s' * (count != 1)}"
 
 
+def _baseline(table: Table) -> str:
+    """The baseline, for what is beside several of its lines."""
+    own = [line for line in table.lines if line.label == table.baseline.label]
+    return f"{table.baseline.label} under the same settings" if len(own) > 1 else table.baseline.name
+
+
 def _highest(table: Table) -> str:
-    """The line that ships the most, beside p0 of the baseline."""
+    """The line that ships the most, beside p0 of the baseline under the same settings."""
     found = [(cell.of(table.select), line) for line in table.lines if (cell := line.cell(line.ships))]
-    p0 = table.baseline.cell("p0")
-    if not found or p0 is None:
+    if not found:
         return ""
     top, line = max(found, key=lambda pair: pair[0].mean)
-    name = f"<strong><bdi>{shown(_name(line))}</bdi></strong> (<bdi>{shown(line.ships or '')}</bdi>)"
-    return f"Highest shipped: {name} {number(top)}; p0 of {shown(_name(table.baseline))}: {number(p0.of(table.select))}."
+    name = f"<strong><bdi>{shown(line.name)}</bdi></strong> (<bdi>{shown(line.ships or '')}</bdi>)"
+    base = table.base(line)
+    p0 = base.cell("p0") if base else None
+    beside = f"; p0 of {shown(base.name)}: {number(p0.of(table.select))}" if base and p0 else ""
+    return f"Highest shipped: {name} {number(top)}{beside}."
 
 
 def page(table: Table) -> str:
     """The whole file."""
-    first = 2 + len(table.by)  # the summary's first number
     seeds, methods = table.seeds, {line.method for line in table.lines}
     facts = ", ".join([_many(len(methods), "method"), _many(len(seeds), "seed"), _many(len(table.runs), "run")])
     warnings = "".join(f"<li>{shown(w)}</li>" for w in table.warnings)
@@ -201,7 +199,7 @@ def page(table: Table) -> str:
         f'<p class="soft">{facts}; {table.select} epoch; fastffl {shown(__version__)}</p>',
         f"<p>{_highest(table)}</p>",
         f'<div class="warn"><ul>{warnings}</ul></div>' if warnings else "",
-        f"<h2>Summary</h2>{_table(summary(table), (first, first + 1, first + 3, first + 4))}",
+        f"<h2>Summary</h2>{_table(summary(table), means(table))}",
         f'<p class="soft">{shown(about(table))} {shown(caution(table))}</p>',
         _pictures(table),
         f"<h2>Every vote</h2>{_table(votes(table))}",

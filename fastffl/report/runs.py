@@ -1,22 +1,29 @@
 """Runs as a report sees them: found below folders, read from their text files, told apart. Nothing of them is executed."""
 
+import contextlib
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import UsageError, nearest
+import torch
+
+from ..errors import UsageError, nearest, printable
 from ..recipe import FREE, SECTIONS, fields
 from ..train.checkpoint import note
 
 PEER = re.compile(r"p\d+")
 EARLIER = re.compile(r"before-\d+")  # what a method in stages trained before, inside its run folder
 HABITS = ("nets.share_stem", "nets.private", "nets.names")  # follow from the method; of the names the first must be the same
+# settings that say which images there are: told apart by one of them, runs may have seen others
+CHOICE = {f"data.{k}" for k in ("name", "root", "loader", "train_fraction", "val_fraction", "classes", "samples", "checked")}
+DATA = "the data"  # in `mixed`, what no setting tells: the images themselves, wherever they lie
 
 
 class Score(NamedTuple):
@@ -25,6 +32,17 @@ class Score(NamedTuple):
     last: float
     best: float
     best_epoch: int
+
+
+class Images(NamedTuple):
+    """What a run was trained and scored on: the names of the classes, numbers of images. None where it has no record of it."""
+
+    classes: tuple[str, ...] | None = None
+    train: int | None = None
+    val: int | None = None
+
+
+UNKNOWN = Images()
 
 
 @dataclass(frozen=True)
@@ -40,6 +58,7 @@ class Run:
     environment: dict[str, Any]
     digest: str | None
     earlier: float = 0.0
+    images: Images = UNKNOWN
 
     @property
     def method(self) -> str:
@@ -103,10 +122,10 @@ class Run:
 
     def figure(self, key: str) -> float | None:
         """`seconds` of training, with that of earlier runs, or the median `img_s` over epochs."""
-        values = sorted(float(r[key]) for r in self.rows if _number(r.get(key)))
+        values = [float(r[key]) for r in self.rows if _number(r.get(key))]
         if not values:
             return None
-        return values[-1] + self.earlier if key == "seconds" else values[len(values) // 2]
+        return max(values) + self.earlier if key == "seconds" else statistics.median(values)
 
     def settings(self) -> dict[str, Any]:
         return fields(self.recipe)
@@ -116,12 +135,20 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """An OSError of the block becomes a UsageError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or path
+        raise UsageError(f"{where} can't be read: {error.strerror}; make it readable, or move its folder away") from None
+
+
 def _json(path: Path, text: str | None = None) -> Any:
     """The JSON in a file. UsageError names the file."""
     try:
         return json.loads(path.read_text(encoding="utf-8") if text is None else text)
-    except OSError as error:
-        raise UsageError(f"{path} can't be read: {error.strerror}; leave its folder out") from None
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is damaged or not ours: it is not JSON ({error}); leave its folder out") from None
 
@@ -155,8 +182,6 @@ def _recipe(path: Path) -> dict[str, Any]:
 def _rows(path: Path) -> Iterable[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path} can't be read: {error.strerror}; leave its folder out") from None
     except ValueError:
         raise _foreign(path, "it is not text") from None
     *lines, _cut = text.split("\n")  # what stands after the last line end was cut short by a crash
@@ -174,36 +199,80 @@ def _rows(path: Path) -> Iterable[dict[str, Any]]:
         yield row
 
 
+def images_of(path: Path) -> Images:
+    """The classes and training images that the checkpoints of a run note. Of a checkpoint only its names and scalars are read."""
+    for file in sorted(path.glob("*/step-*.pt")):  # all of a run say the same
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            classes, samples = state["classes"], state["samples"]
+        except Exception:  # torch raises many kinds on foreign files; training names them where it goes on
+            continue
+        if isinstance(classes, list) and all(isinstance(c, str) for c in classes) and _count(samples, 1):
+            return Images(tuple(classes), samples)
+    return UNKNOWN
+
+
+def newest(run: Path) -> dict[str, Any]:
+    """What was noted beside the last checkpoint of a run. UsageError where its folder can't be read."""
+    with readable(run / "last"):
+        return note(run / "last")
+
+
 def read(path: Path) -> Run:
-    """The run in a folder. UsageError names the file that is damaged or foreign."""
+    """The run in a folder. UsageError names the file that is damaged, foreign or can't be read."""
+    with readable(path):
+        return _read(path)
+
+
+def _read(path: Path) -> Run:
     environment = _json(path / "environment.json") if (path / "environment.json").exists() else {}
     if not isinstance(environment, dict):
         raise _foreign(path / "environment.json", "expected an object")
-    digest = note(path / "last").get("digest")
+    digest = newest(path).get("digest")
     rows = tuple(_rows(path / "rows.jsonl"))
     before = [list(_rows(p / "rows.jsonl")) for p in path.iterdir() if EARLIER.fullmatch(p.name) and is_run(p)]
     earlier = sum(max((float(r["seconds"]) for r in b if _number(r.get("seconds"))), default=0.0) for b in before)
     digest = digest if isinstance(digest, str) else None
-    return Run(path, _recipe(path / "recipe.json"), rows, environment, digest, earlier)
+    scored = [s.get("samples") for r in rows for s in r.get("val", {}).values()]
+    images = images_of(path)._replace(val=scored[-1] if scored and _count(scored[-1], 1) else None)
+    return Run(path, _recipe(path / "recipe.json"), rows, environment, digest, earlier, images)
 
 
 def is_run(folder: Path) -> bool:
-    return (folder / "recipe.json").is_file() and (folder / "rows.jsonl").is_file()
+    with readable(folder):
+        return (folder / "recipe.json").is_file() and (folder / "rows.jsonl").is_file()
 
 
-def find(folders: Sequence[str | Path]) -> list[Path]:
-    """Run folders at and below `folders`, each once; none inside another run."""
-    found: dict[Path, Path] = {}
+def find(folders: Sequence[str | Path], say: Callable[[str], None] = lambda _: None) -> list[Path]:
+    """Run folders at and below `folders`, each once; none inside another run. Links are followed, each folder is entered once.
+
+    say   told of each folder that can't be read
+    """
+    found, seen = list[Path](), set[tuple[int, int]]()
+
+    def lost(error: OSError) -> None:
+        say(f"left out {error.filename}: it can't be read ({error.strerror})")
+
     for top in map(Path, folders):
-        if not top.is_dir():
-            raise UsageError(f"{top}: there is no such folder; expected run folders, or a folder that holds some")
-        for here, below, _ in os.walk(top):
+        with readable(top):
+            if not top.is_dir():
+                raise UsageError(f"{top}: there is no such folder; expected run folders, or a folder that holds some")
+        for here, below, files in os.walk(top, onerror=lost, followlinks=True):
             folder = Path(here)
-            if is_run(folder):
-                found.setdefault(folder.resolve(), folder)
+            try:
+                at = folder.stat()
+            except OSError as error:
+                lost(error)
+                continue
+            if (at.st_dev, at.st_ino) in seen:
+                below.clear()
+                continue
+            seen.add((at.st_dev, at.st_ino))
+            if {"recipe.json", "rows.jsonl"} <= set(files):
+                found.append(folder)
                 below.clear()
             below[:] = sorted(b for b in below if not EARLIER.fullmatch(b))
-    return list(found.values())
+    return found
 
 
 # ---- told apart
@@ -226,23 +295,30 @@ def shared(path: str) -> bool:
     return not path.startswith("method.") and path not in FREE and path != "run.seed" and path not in HABITS
 
 
-def mixed(runs: Sequence[Run], by: Sequence[str]) -> dict[str, dict[str, list[Run]]]:
-    """Settings in which runs differ though they should not, each with its values and their runs.
+Values = list[tuple[str, list[Run]]]  # what runs have, in words, each with those that have it
+
+
+def _grouped(pairs: Iterable[tuple[Run, Any]], words: Callable[[Any], str] = text_of) -> Values:
+    values: dict[str, tuple[str, list[Run]]] = {}
+    for run, value in pairs:
+        values.setdefault(_same(value), (words(value), []))[1].append(run)
+    return list(values.values())
+
+
+def mixed(runs: Sequence[Run], by: Sequence[str]) -> dict[str, Values]:
+    """Settings in which runs differ though they should not, each with its values and their runs; under DATA their images.
 
     Runs of other methods must agree in all but the method's own settings, the seed, what changes nothing (FREE) and nets
-    that a method arranges, as long as p0 is the same net; runs of one method in those nets too.
+    that a method arranges, as long as p0 is the same net; runs of one method in those nets too. Data may have moved, but must
+    be the same.
     """
     per_run = [(run, run.settings()) for run in runs]
     apart = {}
 
     def compare(path: str, pairs: Iterable[tuple[Run, Any]]) -> None:
-        values: dict[str, list[Run]] = {}
-        shown = {}
-        for run, value in pairs:
-            values.setdefault(_same(value), []).append(run)
-            shown[_same(value)] = text_of(value)
+        values = _grouped(pairs)
         if len(values) > 1 and path not in by:
-            apart[path] = {shown[k]: v for k, v in values.items()}
+            apart[path] = values
 
     for path in sorted({p for _, s in per_run for p in s}):
         if shared(path):  # a setting that a version does not know is not compared
@@ -252,7 +328,28 @@ def mixed(runs: Sequence[Run], by: Sequence[str]) -> dict[str, dict[str, list[Ru
         for path in HABITS:
             if path not in apart:
                 compare(path, ((run, s.get(path)) for run, s in per_run if run.method == method))
+    chosen = [p for p in by if p in CHOICE]
+    for _, same in _grouped((run, [s.get(p) for p in chosen]) for run, s in per_run):
+        if DATA not in apart and (values := _images_apart(same)):
+            apart[DATA] = values
     return apart
+
+
+def _images_apart(runs: Sequence[Run]) -> Values:
+    """The classes, else the numbers of images, in which runs differ; empty where all that is known of them is the same."""
+    named = [(run, sorted(run.images.classes)) for run in runs if run.images.classes]
+    common = set[str].intersection(*(set(names) for _, names in named)) if named else set()
+
+    def classes(names: list[str]) -> str:
+        own = [printable(n) for n in names if n not in common]
+        return f"{len(names)} classes" + (f" ({', '.join(own[:5])}{', ...' * (len(own) > 5)})" if own else "")
+
+    found = _grouped(named, classes)
+    for key, what in (("train", "training images"), ("val", "images that are scored")):
+        if len(found) < 2:
+            counts = ((run, getattr(run.images, key)) for run in runs)
+            found = [(f"{n} {what}", some) for n, some in _grouped((run, n) for run, n in counts if n is not None)]
+    return found if len(found) > 1 else []
 
 
 def known_settings(runs: Sequence[Run], by: Sequence[str]) -> None:

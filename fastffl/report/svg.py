@@ -1,5 +1,6 @@
 """svg: line charts and a dot plot as text. Colours are classes, so that the page's style sheet gives light and dark ones."""
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -23,11 +24,13 @@ class Series(NamedTuple):
 
 
 class Dots(NamedTuple):
-    """A row of the dot plot: per mark (circle, then diamond) what it is and its values, one per run."""
+    """A row of the dot plot: per mark (circle, then diamond) what it is and its values, one per run. reference: what it is
+    compared with, None: nothing."""
 
     label: str
     style: str
     marks: tuple[tuple[str, tuple[float, ...]], ...]
+    reference: float | None
 
 
 def shown(text: str) -> str:
@@ -130,8 +133,8 @@ def curves(series: Sequence[Series], number: int, y_label: str, limits: tuple[fl
     return "".join([*out, "</g></svg>"])
 
 
-def dots(rows: Sequence[Dots], reference: float | None, x_label: str) -> str:
-    """Means with error bars of one standard deviation, each seed as a faint dot; a dashed line at `reference`."""
+def dots(rows: Sequence[Dots], x_label: str) -> str:
+    """Means with error bars of one standard deviation, each seed as a faint dot; a dashed line at the rows' reference."""
     made = [(row, [(what, values, spread(values)) for what, values in row.marks if values]) for row in rows]
     ends = [v for _, marks in made for _, values, s in marks for v in (*values, s.mean - (s.std or 0), s.mean + (s.std or 0))]
     if not ends:
@@ -148,8 +151,11 @@ def dots(rows: Sequence[Dots], reference: float | None, x_label: str) -> str:
     for x, text in zip(at, _named(at), strict=True):
         out.append(f'<path class="grid" d="M{px(x):.1f} {TOP}V{floor}"/>')
         out.append(f'<text x="{px(x):.1f}" y="{floor + 18}" text-anchor="middle">{text}</text>')
-    if reference is not None:
-        out.append(f'<path class="reference" d="M{px(reference):.1f} {TOP}V{floor}"/>')
+    beside = [row.reference for row in rows]
+    for reference, together in itertools.groupby(range(len(rows)), lambda k: beside[k]):
+        places = list(together)
+        ends_at = f"{TOP + ROW * places[0]}V{TOP + ROW * (places[-1] + 1)}"
+        out += [f'<path class="reference" d="M{px(reference):.1f} {ends_at}"/>'] if reference is not None else []
     out.append(f'<path class="axis" d="M{NAME} {floor}H{BROAD - RIGHT}"/>')
     out.append(f'<text x="{(NAME + BROAD - RIGHT) / 2}" y="{high_px - 8}" text-anchor="middle">{shown(x_label)}</text>')
     for k, (row, marks) in enumerate(made):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,10 +11,11 @@ from typing import Any, Literal, NamedTuple
 
 from .. import __version__
 from ..errors import UsageError, nearest
-from .runs import Run, find, known_settings, mixed, read, text_of
+from .runs import DATA, Run, Values, find, known_settings, mixed, read, text_of
 from .stats import Spread, Welch, spread, welch
 
 Select = Literal["last", "best"]
+LACKS = "-"  # in place of a setting that a method does not have
 FEW = 5  # seeds below which a p value is called weak evidence
 
 
@@ -32,13 +34,18 @@ class Line:
     """One row of the table: the finished runs of a method under the same settings.
 
     label   the method, and what tells this line from its others: `dml T=1`
-    by      the values of the settings asked for with --by
+    by      the values of the settings asked for with --by, LACKS where its method has no such setting
     """
 
     method: str
     label: str
     by: tuple[str, ...]
     runs: tuple[Run, ...]
+
+    @property
+    def name(self) -> str:
+        """The label and what --by tells it apart by."""
+        return " ".join([self.label, *(value for value in self.by if value != LACKS)])
 
     @property
     def seeds(self) -> list[int]:
@@ -67,8 +74,8 @@ class Line:
 
     def median(self, key: str) -> float | None:
         """`seconds` of a run or its `img_s`, the median over the runs."""
-        values = sorted(v for run in self.runs if (v := run.figure(key)) is not None)
-        return values[len(values) // 2] if values else None
+        values = [v for run in self.runs if (v := run.figure(key)) is not None]
+        return statistics.median(values) if values else None
 
 
 @dataclass(frozen=True)
@@ -91,9 +98,13 @@ class Table:
         return sorted({s for line in self.lines for s in line.seeds})
 
     def base(self, line: Line) -> Line | None:
-        """The baseline's line under the same settings."""
-        same = [b for b in self.lines if b.label == self.baseline.label and b.by == line.by]
-        return same[0] if same else None
+        """The baseline's line under the same settings, as far as the baseline has them."""
+
+        def fits(base: Line) -> bool:
+            has = base.runs[0].settings()
+            return all(a == b or path not in has for path, a, b in zip(self.by, line.by, base.by, strict=True))
+
+        return next((b for b in self.lines if b.label == self.baseline.label and fits(b)), None)
 
     def against(self, line: Line, vote: str | None) -> Welch | None:
         """A vote of a line against p0 of the baseline; None where there is nothing to compare, or it is that p0 itself."""
@@ -102,6 +113,12 @@ class Table:
             return None
         mine, theirs = line.values(vote, self.select), base.values("p0", self.select)
         return welch(mine, theirs) if mine and theirs else None
+
+    @property
+    def tests(self) -> list[tuple[Line, str, Welch]]:
+        """Every comparison with the baseline, once where p0 is what is shipped."""
+        asked = [(line, vote) for line in self.lines for vote in dict.fromkeys(("p0", line.ships)) if vote]
+        return [(line, vote, found) for line, vote in asked if (found := self.against(line, vote))]
 
     @property
     def few(self) -> bool:
@@ -161,18 +178,18 @@ def _scores(run: Run) -> dict[str, Any]:
     return {v: s._asdict() for v, s in run.scores.items()}
 
 
-def _asked(folders: Sequence[str | Path]) -> tuple[list[str], int]:
-    """The methods that sweeps in these folders were asked for, in order, and of how many seeds."""
+def _asked(folders: Sequence[str | Path]) -> tuple[list[str], list[int]]:
+    """The methods that sweeps in these folders were asked for, in order, and the seeds."""
     methods: list[str] = []
-    seeds = 0
+    seeds: list[int] = []
     for folder in map(Path, folders):
         try:
             plan = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
             methods += [str(m) for m in plan["methods"]]
-            seeds = max(seeds, len(plan["seeds"]))
+            seeds += [s for s in plan["seeds"] if isinstance(s, int)]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # there was no sweep; what it wrote is checked where it goes on
-    return list(dict.fromkeys(methods)), seeds
+    return list(dict.fromkeys(methods)), sorted(set(seeds))
 
 
 def _lines(runs: Sequence[Run], by: Sequence[str], order: Sequence[str], forced: bool) -> list[Line]:
@@ -180,7 +197,7 @@ def _lines(runs: Sequence[Run], by: Sequence[str], order: Sequence[str], forced:
     groups: dict[tuple[str, tuple[str, ...]], list[Run]] = {}
     for run in runs:
         s = run.settings()
-        groups.setdefault((run.method, tuple(text_of(s.get(p)) for p in by)), []).append(run)
+        groups.setdefault((run.method, tuple(text_of(s[p]) if p in s else LACKS for p in by)), []).append(run)
     made = []
     for (method, values), some in groups.items():
         own = sorted({p for run in some for p in run.settings() if p.startswith("method.") and p not in by})
@@ -216,13 +233,13 @@ def _base(lines: Sequence[Line], baseline: str | None) -> Line:
     return found[0]
 
 
-def _refuse(apart: dict[str, dict[str, list[Run]]]) -> None:
+def _refuse(apart: dict[str, Values]) -> None:
     for path, values in apart.items():
-        (a, some), (b, others), *_ = values.items()
-        raise UsageError(
-            f"runs differ in {path}: {a} in {some[0].path} and {b} in {others[0].path}; tell them apart with --by {path}, "
-            "or mix them with --force"
-        )
+        (a, [one, *_]), (b, [two, *_]), *_ = values
+        tell = "data.root" if path == DATA else path
+        elsewhere = path != DATA or one.settings().get(tell) != two.settings().get(tell)
+        how = f"tell them apart with --by {tell}, or mix" if elsewhere else "leave some out, or mix"
+        raise UsageError(f"runs differ in {path}: {a} in {one.path} and {b} in {two.path}; {how} them with --force")
 
 
 def table(
@@ -240,10 +257,11 @@ def table(
     by         settings that tell lines apart       force   mix runs whose settings differ, with a warning
     UsageError names the setting in which runs differ, or the file that is damaged.
     """
-    runs = [read(path) for path in find(folders)]
+    warnings: list[str] = []
+    runs = [read(path) for path in find(folders, warnings.append)]
     if not runs:
-        raise UsageError(f"no run folder below {', '.join(map(str, folders))}; `fastffl train` and `fastffl sweep` make them")
-    warnings = []
+        below = f"no run folder below {', '.join(map(str, folders))}"
+        raise UsageError(f"{below}: {warnings[0]}" if warnings else f"{below}; `fastffl train` and `fastffl sweep` make them")
     for run in runs:
         if not run.finished:
             warnings.append(f"left out {run.path}: it ended at epoch {run.done} of {run.epochs}")
@@ -255,27 +273,29 @@ def table(
     if not force:
         _refuse(apart)
     for path, values in apart.items():
-        shown = ", ".join(f"{value} in {len(some)}" for value, some in values.items())
+        shown = ", ".join(f"{value} in {len(some)}" for value, some in values)
         warnings.append(f"mixed by --force: {path} is {shown} runs")
-    order, wanted = _asked(folders)
+    order, asked = _asked(folders)
     lines = _lines(runs, by, order, bool(apart))
     first = _base(lines, baseline)
     lines.sort(key=lambda line: (line.by, line.label != first.label))
     made = tuple(run for line in lines for run in line.runs)
-    return Table(tuple(lines), made, select, first, tuple(by), (*warnings, *_gaps(lines, order, wanted), *_mix(made)))
+    return Table(tuple(lines), made, select, first, tuple(by), (*warnings, *_gaps(lines, order, asked), *_mix(made)))
 
 
-def _gaps(lines: Sequence[Line], order: Sequence[str], wanted: int) -> list[str]:
-    """Cells with fewer seeds than their neighbours, and methods with none."""
+def _gaps(lines: Sequence[Line], order: Sequence[str], asked: Sequence[int]) -> list[str]:
+    """Cells with fewer seeds than their neighbours, methods with none, and seeds that were asked for and no method has."""
     seeds = sorted({s for line in lines for s in line.seeds})
     said = []
     for line in lines:
-        label = " ".join([line.label, *line.by])
         if missing := [s for s in seeds if s not in line.seeds]:
             lost = ", ".join(map(str, missing))
-            said.append(f"{label} has {len(line.runs)} of {len(seeds)} seeds (missing {lost}); shown as n={len(line.runs)}")
+            said.append(f"{line.name} has {len(line.runs)} of {len(seeds)} seeds (missing {lost}); shown as n={len(line.runs)}")
     have = {line.method for line in lines}
-    return said + [f"{m} has none of {max(wanted, len(seeds))} seeds; it has no row" for m in order if m not in have]
+    many = len({*seeds, *asked})
+    said += [f"{m} has none of {many} seeds; it has no row" for m in order if m not in have]
+    nowhere = [s for s in asked if s not in seeds]
+    return said + [f"no method has a finished run of seed {s}, which the sweep was asked for" for s in nowhere]
 
 
 def _mix(runs: Sequence[Run]) -> list[str]:

@@ -8,9 +8,11 @@ from typing import NamedTuple
 
 from .. import __version__
 from ..errors import printable
-from .runs import Run
+from .runs import Run, text_of
 from .stats import Spread, Welch
 from .table import Line, Select, Table
+
+FILES = ("folder", "imagenet", "imagenette")  # data sets of image files, whose folders decide what is scored
 
 
 class Shown(NamedTuple):
@@ -46,8 +48,19 @@ def other(table: Table) -> Select:
     return "best" if table.select == "last" else "last"
 
 
-def _names(table: Table, line: Line) -> list[str]:
-    return [line.label, *line.by]
+def means(table: Table) -> tuple[int, ...]:
+    """The columns of `summary` whose best mean is shown bold."""
+    first = 2 + len(table.by)
+    return first, first + 1, first + 3, first + 4
+
+
+def mean(text: str) -> float:
+    """The mean in front of a cell, as it is shown; below all others where there is none."""
+    return -1.0 if text == "-" else float(text.split()[0])
+
+
+def highest(made: Shown, column: int) -> float:
+    return max((mean(row[column]) for row in made.rows), default=0.0)
 
 
 def summary(table: Table, pm: str = "±", times: bool = True) -> Shown:
@@ -62,7 +75,7 @@ def summary(table: Table, pm: str = "±", times: bool = True) -> Shown:
         row += [line.ships or "-", *(number(ships and ships.of(s), pm) for s in (table.select, other(table)))]
         row += [tested(table.against(line, v)) for v in ("p0", line.ships)]
         row += [count(line.median(key)) for key in ("seconds", "img_s")] if times else []
-        rows.append([*_names(table, line), str(len(line.runs)), *row])
+        rows.append([line.label, *line.by, str(len(line.runs)), *row])
     return Shown(columns, rows, 1 + len(table.by))
 
 
@@ -74,7 +87,8 @@ def votes(table: Table, pm: str = "±") -> Shown:
             mark = " (shipped)" if vote == line.ships else ""
             rows.append(
                 [
-                    *_names(table, line),
+                    line.label,
+                    *line.by,
                     vote + mark,
                     line.runs[0].net(vote) or "-",
                     *(number(c, pm) for c in cell),
@@ -84,6 +98,16 @@ def votes(table: Table, pm: str = "±") -> Shown:
     return Shown(["method", *table.by, "vote", "net", "top-1 last", "top-1 best", "seeds"], rows, 3 + len(table.by))
 
 
+def _scored(run: Run) -> str:
+    """Which images a run is scored on."""
+    settings = run.settings()
+    if text_of(settings.get("data.val_fraction", 0)) not in ("0", "0.0"):
+        return "images held out of the training set"
+    if settings.get("data.name") not in FILES:
+        return "the data set's own test or validation images"
+    return "the images of a val or test folder or, where there is none, the tenth of every class that was held out"
+
+
 def about(table: Table) -> str:
     """What the numbers are."""
     seeds = ", ".join(map(str, table.seeds))
@@ -91,8 +115,7 @@ def about(table: Table) -> str:
         "last": "the last epoch; best is each run's best epoch, chosen on the same images it is reported on",
         "best": "each run's BEST epoch, chosen on the same images it is reported on; last is the last epoch",
     }[table.select]
-    held = table.settings().get("data.val_fraction", "0.0") in ("0", "0.0")
-    images = "the data set's own test or validation images" if held else "images held out of the training set"
+    images = " or ".join(dict.fromkeys(_scored(run) for run in table.runs))
     return f"Top-1 in % on {images}, mean and sample standard deviation over seeds {seeds}, of {chosen}."
 
 
@@ -100,14 +123,26 @@ def caution(table: Table) -> str:
     """What the tests are worth."""
     least = min(len(line.runs) for line in table.lines)
     weak = f" n={least}: weak evidence." if table.few else ""
-    tests = 2 * (len(table.lines) - 1)
-    several = f" {tests} tests are not corrected for their number." if tests > 2 else ""
+    tests = sum(found.p is not None for _, _, found in table.tests)
+    several = f" {tests} tests are not corrected for their number." if tests > 1 else ""
     nets = {tuple(line.runs[0].nets) for line in table.lines}
     arranged = len(nets) > 1 and len({names[0] for names in nets}) == 1
     others = (
         " Methods arrange the other peers: compare p0, which is the same net, not peers or shipped ensembles." if arranged else ""
     )
-    return f"p: Welch's t-test, two-sided, against p0 of {table.baseline.label}.{weak}{several}{others}"
+    base = table.baseline.label
+    each = " under the same settings" if sum(line.label == base for line in table.lines) > 1 else ""
+    return f"p: Welch's t-test, two-sided, against p0 of {base}{each}.{_untested(table)}{weak}{several}{others}"
+
+
+def _untested(table: Table) -> str:
+    """Why a difference has no p."""
+    why = set()
+    for line, vote, found in table.tests:
+        if found.p is None and (base := table.base(line)):
+            few = min(len(line.values(vote, table.select)), len(base.values("p0", table.select))) < 2
+            why.add("a side has one seed" if few else "neither side varies over its seeds")
+    return f" Where p is -, there is no test: {' or '.join(sorted(why))}." if why else ""
 
 
 # ---- Markdown
@@ -152,62 +187,59 @@ def markdown(table: Table) -> str:
 _TEX = {
     **{c: f"\\{c}" for c in "&%$#_{}"},
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
-    **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}", "±": r"$\pm$"},
-    **{"`": r"\textasciigrave{}", "[": "{[}", "]": "{]}"},
+    **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''", "±": r"$\pm$"},
+    **{"`": r"\textasciigrave{}", "[": "{[}", "]": "{]}", "*": "{*}"},
 }
 
 
 def tex(text: str) -> str:
-    """Text as LaTeX prints it, harmless also after a line break, which takes an argument in brackets."""
-    return "".join(_TEX.get(c, c) for c in printable(text))
+    """Text as LaTeX prints it, with the default fonts too, harmless also after a line break, which takes a star and an argument
+    in brackets."""
+    return re.sub("-(?=-)", "-{}", "".join(_TEX.get(c, c) for c in printable(text)))  # -- would be a dash
 
 
-def _tex_number(found: Spread | None, best: bool) -> str:
-    if found is None:
+def _tex_cell(text: str, bold: bool) -> str:
+    """A cell with a true minus; `bold` is the mean in front of its spread."""
+    if text == "-":
         return "--"
-    text = f"{found.mean:.2f}"
-    text = rf"\textbf{{{text}}}" if best else text
-    return text if found.std is None else rf"{text} $\pm$ {found.std:.2f}"
+    if text[:1] in ("+", "-") and text[1:2].isdigit():
+        return f"${text[0]}${tex(text[1:])}"
+    mean, space, rest = text.partition(" ")
+    return rf"\textbf{{{tex(mean)}}}{space}{tex(rest)}" if bold else tex(text)
+
+
+def _tex_table(shown: Shown, caption: str, bold: Sequence[int], notes: Sequence[str]) -> list[str]:
+    body = []
+    tops = {k: highest(shown, k) for k in bold}
+    for row in shown.rows:
+        cells = [tex(c) if k < shown.right else _tex_cell(c, k in tops and mean(c) == tops[k]) for k, c in enumerate(row)]
+        body.append(" & ".join(cells) + r" \\")
+    return [
+        r"\begin{table}",
+        r"\centering\footnotesize",
+        rf"\caption{{{caption}}}",
+        rf"\begin{{tabular}}{{{'l' * shown.right}{'r' * (len(shown.columns) - shown.right)}}}",
+        r"\toprule",
+        " & ".join(map(tex, shown.columns)) + r" \\",
+        r"\midrule",
+        *body,
+        r"\bottomrule",
+        r"\end{tabular}",
+        *(rf"\par\smallskip{{\raggedright {tex(note)}.\par}}" for note in notes),
+        r"\end{table}",
+        "",
+    ]
 
 
 def latex(table: Table) -> str:
-    """A booktabs table, the best mean of each column bold."""
-    rows: list[list[Spread | None]] = []
-    for line in table.lines:
-        cells = [line.cell(v) for v in ("p0", "peers", line.ships)]
-        rows.append([c and c.of(table.select) for c in cells] + [cells[2] and cells[2].best])
-    tops = [max((round(c.mean, 2) for c in column if c), default=None) for column in zip(*rows, strict=True)]
-    body = []
-    for line, found in zip(table.lines, rows, strict=True):
-        numbers = [_tex_number(c, c is not None and round(c.mean, 2) == top) for c, top in zip(found, tops, strict=True)]
-        names = [*map(tex, _names(table, line)), str(len(line.runs))]
-        body.append(" & ".join([*names, *numbers[:2], tex(line.ships or "-"), *numbers[2:]]) + r" \\")
-    heads = [
-        "method",
-        *table.by,
-        "$n$",
-        f"$p_0$, {table.select}",
-        f"peers, {table.select}",
-        "ships",
-        f"its {table.select}",
-        "its best",
-    ]
-    heads = [h if "$" in h else tex(h) for h in heads]
+    """Two booktabs tables: a row a method, the best mean of each column bold and what to beware of below; every vote."""
+    what, shown = tex(table.name), summary(table, times=False)
+    caption = f"{what}: {tex(about(table))} {tex(caution(table))} Bold: best mean of a column. fastffl {tex(__version__)}."
     return "\n".join(
         [
             "% needs \\usepackage{booktabs} and \\usepackage{textcomp}",
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{tex(table.name)}: {tex(about(table))} Bold: best mean of a column. fastffl {tex(__version__)}.}}",
-            rf"\begin{{tabular}}{{{'l' * (1 + len(table.by))}rrrlrr}}",
-            r"\toprule",
-            " & ".join(heads) + r" \\",
-            r"\midrule",
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
+            *_tex_table(shown, caption, means(table), table.warnings),
+            *_tex_table(votes(table), f"{what}: every vote", (), ()),
         ]
     )
 

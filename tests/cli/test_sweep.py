@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from fastffl import sweep
+from fastffl import recipes, sweep
 from fastffl.errors import FastFFLError, Interrupted, UsageError
-from fastffl.recipe import Recipe
+from fastffl.recipe import Recipe, change
 from fastffl.report import table
+from fastffl.report.runs import Images, read
 from tests.report import made
 
 GRID = ("--methods", "none,dml", "--seeds", "0,1")
@@ -45,6 +47,8 @@ def test_a_sweep_trains_what_train_trains_and_keeps_it(call, tiny, trained) -> N
     assert rows["ffl"]["ships"] == "fused" and rows["ffl"]["seeds"] == [0, 3] and rows["none"]["votes"]["mean"]["last"]["n"] == 2
     plan = json.loads(Path("sweeps/digits/sweep.json").read_text())
     assert (plan["methods"], plan["seeds"], plan["threads"]) == (["none", "ffl"], [0, 3], 1)
+    learnt = {"classes": list("0123456789"), "train": 136, "val": 450}  # a tenth of digits
+    assert plan["data"] == learnt and read(Path("sweeps/digits/ffl/seed-3")).images == (tuple("0123456789"), 136, 450)
     assert "epoch 1/1" in Path("sweeps/digits/ffl/seed-3.log").read_text() and "[4/4]" in got.err
 
     before = stamps(Path("sweeps/digits/ffl"))
@@ -54,6 +58,7 @@ def test_a_sweep_trains_what_train_trains_and_keeps_it(call, tiny, trained) -> N
     for more, said in (
         (("--lr", "0.2"), "sweeps/digits is a sweep with other settings (optim.lr 0.1 -> 0.2)"),
         (("--set", "run.threads=2"), "run.threads 1 -> 2"),
+        (("--set", "nets.names=resnet8,wrn16_2"), "(nets.names resnet8,resnet8 -> resnet8,wrn16_2)"),
     ):
         refused = call(*words, *more)
         assert refused.code == 2 and said in refused.err and refused.err.count("error:") == 1 and "--out" in refused.err
@@ -70,7 +75,7 @@ WRONG: dict[str, tuple[str, ...]] = {
     "sweep digits --methods none --jobs 0": ("--jobs 0", "1 or more"),
     "sweep digits --methods none --set run.seed=3": ("run.seed", "--seeds"),
     "sweep digits --methods none,ffl --set method.T=2": ("method.T",),
-    "sweep digits --methods none,oem-kd --model resnet18": ("method oem-kd", "resnet18@0.8: expected NET@WIDTH"),
+    "sweep digits --methods none,oem-kd --model resnet18": ("method oem-kd", "resnet18", "--model"),
     "sweep digits --methods none --set data.size=32": ("data.size 32", "8 pixels"),
     "sweep digits --methods none --device tpu": ("run.device=tpu",),
     "sweep cifar100 --methods none": ("--data DIR",),
@@ -125,7 +130,7 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., sw
         return [sys.executable, "-S", str(script), hows.get(job.name, "copy"), str(template), str(job.run)]
 
     monkeypatch.setattr(sweep.Job, "words", property(words))
-    monkeypatch.setattr(sweep, "_buildable", dict)
+    monkeypatch.setattr(sweep, "_buildable", lambda recipes: (dict(recipes), made.DIGITS))
 
     def grid(methods: str = "none,dml", seeds: tuple[int, ...] = (0, 1), jobs: int = 2, **named: tuple[str, ...]) -> sweep.Grid:
         hows.clear()
@@ -184,6 +189,80 @@ def test_runs_of_other_settings_are_left_alone(pretend, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"sweep.json is damaged or not ours"):
         pretend()
     assert set(before) < set(stamps(tmp_path / "out")) | {"x"} and (tmp_path / "out/dml/seed-1/rows.jsonl").stat().st_size
+
+
+CARS = Images(("bus", "car", "van"), 40, 10)
+
+
+def test_other_data_is_refused_before_anything_is_trained(pretend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "out"
+    sweep.run(pretend(), print)
+    before = stamps(out)
+    monkeypatch.setattr(sweep, "_buildable", lambda recipes: (dict(recipes), CARS))
+    for methods, seeds in (("none", (0,)), ("ffl", (7,))):  # what is there, and what is not
+        with pytest.raises(UsageError, match=r"out is a sweep with other data \(10 .* -> 3 classes \(bus, car, van\)\)"):
+            pretend(methods, seeds)
+    plan = json.loads((out / "sweep.json").read_text())
+    del plan["data"]  # as versions before wrote it: the runs know
+    (out / "sweep.json").write_text(json.dumps(plan))
+    with pytest.raises(UsageError, match=r"out/dml/seed-0 was trained with other data .*; give the same, or choose"):
+        pretend("ffl", (7,))
+    shutil.rmtree(out / "dml")
+    (out / "none" / "seed-1" / "rows.jsonl").unlink()
+    with pytest.raises(UsageError, match=r"none/seed-0 was trained with other data"):
+        pretend("none", (0,))
+    (out / "sweep.json").write_text(json.dumps({**plan, "data": {"classes": 3}}))
+    with pytest.raises(UsageError, match=r"sweep.json is damaged or not ours"):
+        pretend("none", (0,))
+    assert set(stamps(out)) < set(before)
+
+
+def test_a_begun_run_of_other_data_is_refused_too(pretend, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    run = made.run(tmp_path / "out" / "dml" / "seed-1", "dml", 1, VOTES, epochs=30, images=CARS)
+    (run / "rows.jsonl").write_text('{"epoch": 1, "va\n{"epoch": 2}\n')  # which train mends
+    with pytest.raises(UsageError, match=r"seed-1 was trained with other data \(3 classes \(bus, car, van\) -> 10 classes"):
+        sweep.grid({"dml": made.recipe("dml", 0, epochs=30)}, (1,), tmp_path / "out", 1)
+
+
+def test_runs_beside_it_must_fit_into_one_table(pretend, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "out"
+    sweep.run(pretend("none", (0,)), print)
+    other = made.run(out / "dml" / "seed-8", "dml", 8, VOTES, nets__names=("resnet8", "resnet20"))
+    with pytest.raises(UsageError, match=r"seed-8 was trained with other settings \(nets.names resnet8,resnet20 -> resnet8,wrn"):
+        pretend("dml", (0,))
+    assert pretend("ffl", (0,)).jobs, "another method arranges its own"
+    (other / "rows.jsonl").write_text("3\n")
+    with pytest.raises(UsageError, match=r"seed-8/rows.jsonl is damaged or not ours: .*; move its folder away, or choose"):
+        pretend("dml", (0,))
+    (other / "rows.jsonl").write_text("")
+    assert pretend("dml", (0,)).jobs, "a report leaves it out"
+
+
+def test_other_teachers_are_other_settings(tmp_path: Path, pretend) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "out"
+    made.run(out / "kd" / "seed-0", "kd", 0, VOTES, method__teachers=("a:p0",), method__teacher_nets=("resnet20",))
+    for teachers, said in ((("b:p0",), "a:p0 -> b:p0"), ((), "a:p0 -> none")):
+        asked = made.recipe("kd", 0, method__teachers=teachers, method__teacher_nets=("resnet20",))
+        with pytest.raises(UsageError, match=rf"kd/seed-0 was trained with other settings \(method.teachers {said}\); give"):
+            sweep.grid({"kd": asked}, (0,), out, 1)
+    assert sweep.grid({"kd": made.recipe("kd", 0, method__teachers=("a:p0",), method__teacher_nets=("resnet20",))}, (0,), out, 1)
+
+
+@pytest.mark.parametrize("folder", [".", "dml", "dml/seed-0", "dml/seed-0/last"])
+def test_runs_that_cannot_be_read_are_named(folder: str, pretend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    sweep.run(pretend("dml", (0,)), print)
+    with monkeypatch.context() as closed:
+        made.locked(closed, tmp_path / "out" / folder)
+        with pytest.raises(UsageError, match=r"out/.* can't be read: Permission denied; make it readable, or move"):
+            pretend("dml", (0,))
+
+
+def test_a_folder_of_images_names_its_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = recipes.load("folder")
+    for root, name in (("img/flowers/", "folder-flowers"), (".", f"folder-{tmp_path.name}"), ("/", "folder")):
+        assert sweep.folder_of(change(folder, "data.root", root)) == Path("sweeps") / name
+    assert sweep.folder_of(made.recipe("none", 0, data__root="x")) == Path("sweeps/digits")
 
 
 def test_runs_are_spread_over_devices(pretend, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -1,13 +1,19 @@
 """Run folders with planted numbers, written by the code that writes real ones; no training."""
 
+import errno
+import io
 import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fastffl import recipes
 from fastffl.recipe import Recipe, change
+from fastffl.report.runs import Images
 from fastffl.train import checkpoint
 from fastffl.train.rundir import RunDir
 
@@ -15,6 +21,7 @@ HOSTILE = (
     "<script>window.pwned=1</script></title><img src=http://localhost:9/x onerror=alert(1)>|`_*[x](http://x)\\ & % $ # { } ~ ^ "
     "\"'\n@me \u202e ]]> --> url(http://localhost:9/y)"
 )
+DIGITS = Images(tuple("0123456789"), 1347, 450)
 MACHINE = {"fastffl": "0.1.0", "torch": "2.15.0", "device": "cpu", "cores": 2, "threads": 1}
 
 
@@ -37,6 +44,7 @@ def run(
     loss: Sequence[float] | None = None,
     machine: dict[str, Any] | None = None,
     epochs: int | None = None,
+    images: Images = DIGITS,
     **settings: Any,
 ) -> Path:
     """A run whose votes have these top-1 by epoch; unfinished where `epochs` is more than they have."""
@@ -45,10 +53,11 @@ def run(
     folder = RunDir(path)
     folder.begin(made, MACHINE if machine is None else machine)
     for k in range(length):
-        val = {v: {"top1": t[k], "top5": 100.0, "nll": 0.1, "samples": 450} for v, t in votes.items()}
+        val = {v: {"top1": t[k], "top5": 100.0, "nll": 0.1, "samples": images.val} for v, t in votes.items()}
         row = {"epoch": k + 1, "step": 22 * (k + 1), "loss": (loss or [2 * math.exp(-k)] * length)[k], "img_s": 1000.0 + k}
         folder.row({**row, "seconds": 2.0 * (k + 1), "skipped": 0, "val": val, "ships": ships or next(iter(votes))})
     state = {"learner": {}, "position": {"epoch": length, "batch": 0, "step": 22 * length}, "recipe": made.json_text()}
+    state |= {"classes": list(images.classes or ()), "samples": images.train}
     facts = {"epoch": length, "digest": checkpoint.digest({"of": str(path)})}
     checkpoint.save(folder.last, state, 22 * length, facts)
     folder.close()
@@ -76,3 +85,19 @@ def hostile(top: Path) -> Path:
         (made / "recipe.json").write_text(json.dumps(stored))
         (made / "environment.json").write_text(json.dumps({"torch": HOSTILE, HOSTILE: HOSTILE}))
     return top
+
+
+def locked(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """A folder that can't be entered, also for root, who may do anything."""
+
+    def refusing(was: Callable[..., Any], below: bool) -> Callable[..., Any]:
+        def call(path: Any = ".", *args: Any, **named: Any) -> Any:
+            if isinstance(path, (str, Path)) and (folder in Path(path).parents if below else Path(path) == folder):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return was(path, *args, **named)
+
+        return call
+
+    for name, below in (("scandir", False), ("listdir", False), ("stat", True)):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name), below))
+    monkeypatch.setattr(io, "open", refusing(io.open, True))

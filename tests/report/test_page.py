@@ -197,6 +197,21 @@ def test_one_epoch_one_seed_and_equal_values_still_make_pictures(tmp_path: Path)
     )
 
 
+def test_what_is_compared_has_the_same_settings(tmp_path: Path) -> None:
+    for lr, low in ((0.1, 80.5), (0.2, 85.0)):
+        for method, gain in (("none", 0.0), ("dml", 1.5)):
+            made.run(tmp_path / f"{method}{lr}", method, 0, {"p0": [low + gain]}, optim__lr=lr)
+    text = page(table([tmp_path], by=["optim.lr"]))
+    assert "<bdi>dml 0.2</bdi></strong> (<bdi>p0</bdi>) 86.50 (1 seed); p0 of none 0.2: 85.00 (1 seed)." in text
+    assert "the dashed line is p0 of none under the same settings" in text
+    dashed = re.findall(r'class="reference" d="M([\d.]+) (\d+)V(\d+)"', text)
+    circles = re.findall(r'<circle class="mark" cx="([\d.]+)"', text)  # none 0.1, dml 0.1, none 0.2, dml 0.2
+    assert [x for x, _, _ in dashed] == [circles[0], circles[2]]
+    assert [int(a) - svg.TOP for _, *ends in dashed for a in ends] == [0, 2 * svg.ROW, 2 * svg.ROW, 4 * svg.ROW]
+    made.run(tmp_path / "alone", "dml", 0, {"p0": [99.0]}, optim__lr=0.3)
+    assert "(<bdi>p0</bdi>) 99.00 (1 seed).</p>" in page(table([tmp_path], by=["optim.lr"])), "nothing to compare it with"
+
+
 @pytest.mark.parametrize(
     ("low", "high", "want"),
     [

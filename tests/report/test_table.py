@@ -11,8 +11,9 @@ from scipy import stats as scipy_stats
 
 from fastffl.errors import UsageError
 from fastffl.report import table
-from fastffl.report.runs import find, read
-from fastffl.report.text import caution
+from fastffl.report.page import page
+from fastffl.report.runs import Images, find, read
+from fastffl.report.text import caution, latex, markdown
 from tests.report import made
 
 ONE = {"p0": [50.0, 90.0, 80.0], "p1": [10.0, 20.0, 30.0]}
@@ -86,6 +87,43 @@ def test_other_settings_are_refused_told_apart_or_forced(settings, path, values,
     assert f"mixed by --force: {path} is" in forced.warnings[0] and len(forced.lines) == 2
 
 
+FLOWERS = Images(("daisy", "rose"), 40, 10)
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (Images(("bus", "car", "van"), 40, 10), ("2 classes (daisy, rose)", "3 classes (bus, car, van)")),
+        (Images(("daisy", "rose", "tulip"), 40, 10), ("2 classes", "3 classes (tulip)")),
+        (Images(("daisy", "rose"), 41, 10), ("40 training images", "41 training images")),
+        (Images(("daisy", "rose"), 40, 11), ("10 images that are scored", "11 images that are scored")),
+    ],
+)
+def test_other_images_are_other_data_wherever_they_lie(images: Images, said: tuple[str, str], tmp_path: Path) -> None:
+    made.run(tmp_path / "a", "none", 0, ONE, images=FLOWERS, data__root="x/flowers")
+    made.run(tmp_path / "moved", "dml", 0, ONE, images=FLOWERS, data__root="y")
+    assert len(table([tmp_path]).lines) == 2, "the same data in two places"
+    made.run(tmp_path / "b", "none", 1, ONE, images=images, data__root="x/b")
+    with pytest.raises(UsageError, match="runs differ in the data: ") as refused:
+        table([tmp_path])
+    for part in (*said, str(tmp_path / "a"), str(tmp_path / "b"), "--by data.root", "--force"):
+        assert part in str(refused.value)
+    assert len(table([tmp_path], by=["data.root"]).lines) == 3
+    with pytest.raises(UsageError, match="runs differ in the data: "):
+        table([tmp_path], by=["run.seed"])
+    [warning, *_] = table([tmp_path], force=True).warnings
+    assert warning.startswith(f"mixed by --force: the data is {said[0]} in 2, {said[1]} in 1 runs")
+
+
+def test_data_replaced_where_it_lay_is_other_data(tmp_path: Path) -> None:
+    made.run(tmp_path / "a", "none", 0, ONE, images=FLOWERS)
+    made.run(tmp_path / "b", "none", 1, ONE)
+    with pytest.raises(UsageError, match=r"10 classes .*; leave some out, or mix them with --force"):
+        table([tmp_path])
+    shutil.rmtree(tmp_path / "b" / "last")
+    assert table([tmp_path / "b"]).runs[0].images == (None, None, 450), "without a checkpoint, what its rows say"
+
+
 def test_peers_of_one_method_are_the_same_nets(tmp_path: Path) -> None:
     made.run(tmp_path / "a", "dml", 0, ONE)
     made.run(tmp_path / "b", "dml", 1, ONE, nets__names=("resnet8", "resnet20"))
@@ -117,6 +155,24 @@ def test_by_compares_under_the_same_setting(tmp_path: Path) -> None:
     assert diffs == [("dml", ("0.1",), pytest.approx(1.0)), ("dml", ("0.2",), pytest.approx(3.0))]
     with pytest.raises(UsageError, match=r"--by optim.lrr: no run has such a setting; did you mean optim.lr"):
         table([tmp_path], by=["optim.lrr"])
+
+
+def test_a_baseline_without_the_setting_is_everyones(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        made.run(tmp_path / f"n{seed}", "none", seed, {"p0": [10.0 + seed]})
+        made.run(tmp_path / f"o{seed}", "one", seed, {"p0": [11.0 + seed]}, nets__share_stem=True)
+        for T in (1.0, 3.0):
+            made.run(tmp_path / f"d{T}{seed}", "dml", seed, {"p0": [10.0 + T + seed]}, method__T=T)
+    found = table([tmp_path], by=["method.T"])
+    shown = [(line.label, line.by, d and d.diff) for line in found.lines for d in [found.against(line, "p0")]]
+    assert shown[0] == ("none", ("-",), None) and found.lines[0].name == "none"
+    assert shown[1:] == [
+        ("dml", ("1.0",), pytest.approx(1.0)),
+        ("dml", ("3.0",), pytest.approx(3.0)),
+        ("one", ("3.0",), pytest.approx(1.0)),
+    ]
+    apart = table([tmp_path], by=["method.T"], baseline="dml")
+    assert [(line.label, *line.by) for line in apart.lines if apart.against(line, "p0")] == [("one", "3.0")]
 
 
 def test_a_seed_counts_once(tmp_path: Path) -> None:
@@ -160,9 +216,50 @@ def test_cells_with_fewer_seeds_and_methods_without_runs_are_named(tmp_path: Pat
     assert found.warnings == (
         "dml has 2 of 3 seeds (missing 1); shown as n=2",
         "ffl has none of 4 seeds; it has no row",
+        "no method has a finished run of seed 6, which the sweep was asked for",
         "runs were made with different device (H200, cpu): rounding differs and times can't be compared",
         "runs were made with different threads (8, 1): rounding differs and times can't be compared",
     )
+
+
+def test_the_middle_of_an_even_number_of_times(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        made.run(tmp_path / str(seed), "none", seed, {"p0": [50.0] * 4})
+    made.run(tmp_path / "1" / "before-1", "none", 1, {"p0": [50.0] * 2})
+    [line] = table([tmp_path]).lines
+    assert (line.median("img_s"), line.median("seconds")) == (1001.5, 10.0), "of 1000 to 1003; of 8 and 8 + 4"
+
+
+def test_folders_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    top = made.two_methods(tmp_path / "s")
+    with monkeypatch.context() as closed:
+        made.locked(closed, top / "ffl")
+        found = table([top])
+    assert [line.label for line in found.lines] == ["none"]
+    assert found.warnings == (f"left out {top / 'ffl'}: it can't be read (Permission denied)",)
+    for written in (markdown(found), latex(found), page(found)):
+        assert "Permission denied" in written
+    with monkeypatch.context() as closed:
+        made.locked(closed, top / "ffl")
+        with pytest.raises(UsageError, match=r"no run folder below .*ffl.*Permission denied"):
+            table([top / "ffl"])
+    for closed_folder in ("last", "before-1"):
+        (top / "ffl" / "seed-1" / closed_folder).mkdir(exist_ok=True)
+        with monkeypatch.context() as closed:
+            made.locked(closed, top / "ffl" / "seed-1" / closed_folder)
+            with pytest.raises(UsageError, match=f"seed-1/{closed_folder}.* can't be read: Permission denied; make it readable"):
+                table([top])
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    top = made.two_methods(tmp_path / "elsewhere")
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "ffl").symlink_to(top / "ffl")
+    (tmp_path / "s" / "one").symlink_to(top / "none" / "seed-1")
+    (tmp_path / "s" / "again").symlink_to(top / "ffl" / "seed-0")
+    (top / "ffl" / "up").symlink_to(tmp_path / "s")
+    (tmp_path / "s" / "self").symlink_to(tmp_path / "s" / "self")
+    assert sorted((r.method, r.seed) for r in table([tmp_path / "s"]).runs) == [("ffl", 0), ("ffl", 1), ("ffl", 2), ("none", 1)]
 
 
 def test_rows_keep_the_order_of_the_sweep_after_the_baseline(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastffl.report import table
-from fastffl.report.text import comma_separated, latex, markdown, md, plain, summary, tex
+from fastffl.report.text import about, caution, comma_separated, latex, markdown, md, plain, summary, tex
 from tests.cli.conftest import command
 from tests.report import made
 from tests.report.made import HOSTILE
@@ -64,11 +64,58 @@ def test_latex_is_bold_where_a_column_is_best(tmp_path: Path) -> None:
     text = latex(table([made.two_methods(tmp_path)]))
     body = text.partition("\\midrule\n")[2].partition("\\bottomrule")[0].splitlines()
     none, ffl = ([c.strip() for c in line.removesuffix(r" \\").split("&")] for line in body)
-    assert none == ["none", "3", r"98.00 $\pm$ 1.00", r"97.00 $\pm$ 1.00", "p0", r"98.00 $\pm$ 1.00", r"99.50 $\pm$ 0.00"]
+    assert none[:5] == ["none", "3", r"98.00 $\pm$ 1.00", r"97.00 $\pm$ 1.00", "p0"]
+    assert none[5:] == [r"98.00 $\pm$ 1.00", r"99.50 $\pm$ 0.00", "--", "--"]
     assert ffl[2:4] == [r"\textbf{98.50} $\pm$ 0.50", r"\textbf{97.25} $\pm$ 0.25"]
-    assert ffl[5:] == [r"\textbf{99.20} $\pm$ 0.20", r"\textbf{99.90} $\pm$ 0.00"]
+    assert ffl[5:7] == [r"\textbf{99.20} $\pm$ 0.20", r"\textbf{99.90} $\pm$ 0.00"]
+    assert re.fullmatch(r"\$\+\$0\.50 \(p 0\.\d{3}\)", ffl[7]) and re.fullmatch(r"\$\+\$1\.20 \(p 0\.\d{3}\)", ffl[8])
     assert "last epoch" in text and "seeds 0, 1, 2" in text and "fastffl 0.1.0" in text
-    assert len(re.search(r"\\begin\{tabular\}\{(.*)\}", text)[1]) == 7  # type: ignore[index]
+    assert [len(columns) for columns in re.findall(r"\\begin\{tabular\}\{(.*)\}", text)] == [9, 6]
+    assert r"ffl & fused (shipped) & - & 99.20 $\pm$ 0.20 & 99.90 $\pm$ 0.00 & 3 \\" in text and "weak evidence" in text
+
+
+def test_latex_has_both_selections_and_the_warnings(tmp_path: Path) -> None:
+    top = made.two_methods(tmp_path)
+    made.run(top / "more", "none", 3, {"p0": [98.0]}, sched__epochs=1)
+    text = latex(table([top], select="best", force=True))
+    assert r"ships & its best & its last & p0 - none & ships - none p0 \\" in text
+    first, _ = text.split(r"\end{table}", 1)
+    for warning in ("mixed by -{}-force: sched.epochs is 3 in 6, 1 in 1 runs.", "ffl has 3 of 4 seeds (missing 3)"):
+        assert warning in first
+
+
+def test_what_was_scored_is_said(tmp_path: Path) -> None:
+    made.run(tmp_path / "a", "none", 0, {"p0": [98.0]}, data__val_fraction=0.1)
+    assert "on images held out of the training set," in about(table([tmp_path]))
+    made.run(tmp_path / "b", "none", 1, {"p0": [98.0]})
+    both = about(table([tmp_path], by=["data.val_fraction"]))
+    assert "on the data set's own test or validation images or images held out of the training set," in both
+    file = tmp_path / "b" / "recipe.json"
+    file.write_text(file.read_text().replace('"name": "digits",\n  "root"', '"name": "folder",\n  "root"'))
+    assert "or, where there is none, the tenth of every class that was held out," in about(table([tmp_path / "b"]))
+
+
+def test_tests_are_counted_once_and_those_without_p_not(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        made.run(tmp_path / f"n{seed}", "none", seed, {"p0": [90.0 + seed]})
+        made.run(tmp_path / f"d{seed}", "dml", seed, {"p0": [91.0 + seed]})
+    assert "corrected" not in caution(table([tmp_path])) and "no test" not in caution(table([tmp_path]))
+    made.run(tmp_path / "o", "one", 0, {"p0": [92.0]})
+    assert "corrected" not in caution(table([tmp_path])) and "Where p is -, there is no test: a side has one seed." in caution(
+        table([tmp_path])
+    )
+    for seed in (0, 1):
+        made.run(tmp_path / f"f{seed}", "ffl", seed, {"p0": [91.0 + seed], "fused": [92.0 + seed]}, ships="fused")
+    assert " 3 tests are not corrected" in caution(table([tmp_path])), "p0 of dml and ffl, and what ffl ships"
+
+
+def test_no_spread_on_either_side_is_said(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        made.run(tmp_path / f"n{seed}", "none", seed, {"p0": [90.0]})
+        made.run(tmp_path / f"d{seed}", "dml", seed, {"p0": [91.0]})
+    found = table([tmp_path])
+    assert summary(found).rows[1][7] == "+1.00 (p -)"
+    assert "Where p is -, there is no test: neither side varies over its seeds." in markdown(found)
 
 
 def test_hostile_names_stay_names(tmp_path: Path) -> None:
@@ -79,7 +126,7 @@ def test_hostile_names_stay_names(tmp_path: Path) -> None:
     assert cells(shown.splitlines()[2])[0] == HOSTILE.replace("\n", "\\n").replace("\u202e", "\\u202e")
     source = latex(found)
     rows = [line for line in source.splitlines() if line.endswith(r"\\")]
-    assert all(len(re.findall(r"(?<!\\)&", row)) == 6 for row in rows)
+    assert all(len(re.findall(r"(?<!\\)&", row)) in (8, 5) for row in rows)
     bare = re.sub(r"\\[{}]", "", source)
     assert bare.count("{") == bare.count("}") and not re.search(r"(?<!\\)[#%](?! needs)|~|\u202e", source)
     rows = list(csv.reader(io.StringIO(comma_separated(found))))
@@ -89,6 +136,7 @@ def test_hostile_names_stay_names(tmp_path: Path) -> None:
 def test_escapes() -> None:
     assert unescape(md(HOSTILE)) == HOSTILE.replace("\n", "\\n").replace("\u202e", "\\u202e")
     assert tex("a_b & 5 % ^") == r"a\_b \& 5 \% \textasciicircum{}" and tex("[x] `") == r"{[}x{]} \textasciigrave{}"
+    assert tex('"a" *') == "''a'' {*}", "fonts in OT1 have no straight quote"
     assert md("wrn16_2 _a_ http://b") == "wrn16_2 &#95;a&#95; http&#58;//b"
     assert plain("=cmd()") == "'=cmd()" and plain("+1") == "'+1" and plain("p0 - none") == "p0 - none"
 
