@@ -165,7 +165,10 @@ def _earlier(
     for k, earlier in enumerate(runs, 1):
         nets = " + ".join(earlier.nets.names)
         progress.line(f"run {k} of {len(runs) + 1}: {earlier.method.name} {nets}, in {path / f'before-{k}'}")
-        made = Learner.build(earlier, len(data.classes), data.channels, data.size, learner.spec.samples)
+        try:
+            made = Learner.build(earlier, len(data.classes), data.channels, data.size, learner.spec.samples)
+        except UsageError as error:  # a module from Python has a name by which nobody can build it again
+            raise UsageError(f"method {recipe.method.name} trains {nets} first, and builds it by its name: {error}") from None
         if before:
             made.begin(before)
         _fit(made, data, earlier, path / f"before-{k}", resume, progress, where, ranks, first=False)

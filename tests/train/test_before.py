@@ -11,10 +11,11 @@ import torch
 from fastffl import runs
 from fastffl.errors import CheckpointError, UsageError
 from fastffl.exporting import export
+from fastffl.methods.dualnet import DualNet
 from fastffl.methods.feed import FEED
 from fastffl.methods.kd import KD
 from fastffl.recipe import MethodConfig, Nets, Recipe
-from fastffl.train import Learner, Result
+from fastffl.train import Learner, Result, fit
 from fastffl.train.progress import Progress
 from fastffl.train.rundir import rows_of
 from tests.cli.conftest import TINY_DIGITS, command
@@ -229,3 +230,12 @@ def test_python_and_the_command_line_train_the_same(commanded: Path, tmp_path: P
     result = fit(learner, source, made, out=tmp_path, progress=Progress(quiet=True))
     assert result.digest == digest(commanded)
     assert digest(tmp_path / "before-1") == digest(commanded / "before-1")
+
+
+def test_nets_without_a_name_are_refused_by_the_method_that_builds_them_again(tmp_path: Path) -> None:
+    nets = [tiny.Small(drop=0.0), tiny.Small(drop=0.0)]
+    made = Learner(nets, DualNet.Config(schedule="iterative"), classes=3, size=8, channels=1)
+    with pytest.raises(
+        UsageError, match="method dualnet trains Small first, and builds it by its name: no model is called 'Small'"
+    ):
+        fit(made, tiny.data(), epochs=1, out=tmp_path / "run")
