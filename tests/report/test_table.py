@@ -251,6 +251,14 @@ def test_folders_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pyte
                 table([top])
 
 
+def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
+    run = made.run(tmp_path / "r", "dml", 0, ONE)
+    (run / "environment.json").unlink()
+    (run / "environment.json").mkdir()
+    with pytest.raises(UsageError, match=r"r/environment.json can't be read: Is a directory; make it readable, or move its"):
+        table([tmp_path])
+
+
 def test_links_are_followed_once(tmp_path: Path) -> None:
     top = made.two_methods(tmp_path / "elsewhere")
     (tmp_path / "s").mkdir()
