@@ -419,7 +419,7 @@ def sweep(
     batch_size: int | None = None,
     lr: float | None = None,
     data: str | None = None,
-    out: Annotated[str | None, Parameter(help="folder; default sweeps/NAME")] = None,
+    out: Annotated[str | None, Parameter(help="folder; default sweeps/NAME, of a folder of images sweeps/folder-NAME")] = None,
     device: str | None = None,
     sets: Sets = None,
     json: Json = False,
@@ -428,7 +428,7 @@ def sweep(
     with _quiet_stdout(json):
         from . import methods as known
         from .recipes import with_method
-        from .sweep import grid, seeds_of
+        from .sweep import folder_of, grid, seeds_of
         from .sweep import run as make
 
         named = [n.strip() for n in methods.split(",") if n.strip()]
@@ -441,7 +441,7 @@ def sweep(
         changes |= {"optim.lr": lr, "data.root": data, "run.device": device}
         base = _recipe(recipe, None, model, {}, None)  # its peers as each method arranges them, p0 the same for all
         chosen = {m: _changed(with_method(base, m), changes, sets) for m in named}
-        folder = Path(out) if out else Path("sweeps") / chosen[named[0]].name
+        folder = Path(out) if out else folder_of(chosen[named[0]])
         made = make(grid(chosen, seeds_of(seeds), folder, jobs), _say)
         found: Any = None
         try:

@@ -151,7 +151,7 @@ def seeds_of(text: str) -> list[int]:
 
 def folder_of(recipe: Recipe) -> Path:
     """Where a sweep lies without --out: sweeps/NAME, of a folder of images sweeps/folder-NAME, as others are other sweeps."""
-    root = Path(recipe.data.root).expanduser().resolve().name if recipe.data.name == "folder" and recipe.data.root else ""
+    root = Path(recipe.data.root).expanduser().resolve().name if recipe.name == "folder" and recipe.data.root else ""
     return Path("sweeps") / (f"{recipe.name}-{root}" if root else recipe.name)
 
 

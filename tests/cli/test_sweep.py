@@ -263,6 +263,7 @@ def test_a_folder_of_images_names_its_sweep(tmp_path: Path, monkeypatch: pytest.
     for root, name in (("img/flowers/", "folder-flowers"), (".", f"folder-{tmp_path.name}"), ("/", "folder")):
         assert sweep.folder_of(change(folder, "data.root", root)) == Path("sweeps") / name
     assert sweep.folder_of(made.recipe("none", 0, data__root="x")) == Path("sweeps/digits")
+    assert sweep.folder_of(change(recipes.load("imagenet"), "data.root", "x")) == Path("sweeps/imagenet")
 
 
 def test_runs_are_spread_over_devices(pretend, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
