@@ -1,26 +1,29 @@
 """Everything that wants a GPU, unattended and in blocks: first what could not be checked before, then figures, then training.
 
-    python bench/gpu.py --out DIR [--official DIR] [--data DIR] [--images DIR|TAR] [--only checks,kernels,...] [--ops A,B]
-                        [--cases A,B] [--minutes 9] [--smoke]
+    python bench/gpu.py [--out DIR] [--only checks,kernels,...] [--minutes 8] [--total 9.5] [--pack FILE] [--ops A,B]
+                        [--cases A,B] [--methods A,B] [--data DIR] [--images DIR|TAR] [--official DIR] [--smoke]
 
-checks    the step on the device against the CPU, bf16 and fp16, no host read (torch's own sync detector), resume to the
-          same digest, kernels on and off; then each op (bench/opchecks.py): random cases against float64 in guard bands,
-          2^31 elements, graph replays, repeats. One row each, `ok` or the reason
+checks    bench/stepchecks.py: the step against the CPU, no host read, resume, kernels on and off; then bench/opchecks.py of each
+          op: random cases against float64 in guard bands, 2^31 elements, graph replays, repeats
+graph     bench/graphchecks.py: the captured step equals the eager one, hand-overs between streams, evaluation, memory
+methods   bench/methodchecks.py: every method's captured step gives its eager one's bits, in bf16, fp32 and fp16
 kernels   `fastffl bench kernels`, an op at a time: DIR/kernels.jsonl, kernels.svg and the table of goals
 sanitize  compute-sanitizer over 60 random cases of each op, where it is installed
-graph     bench/graphchecks.py: the captured step equals the eager one, hand-overs between streams, evaluation, memory
 step      `fastffl bench train`, all cases, the authors' code with --official: DIR/step.jsonl and the table of goals
 dali      bench/dalichecks.py: DALI on the GPU against the CPU, and what damaged files leave behind (--images)
 data      two ResNet-50 at 224 against the plain loop, torch.compile and fp32; `fastffl bench data` on --images, repeated in
           memory: real JPEGs against resident batches, decoding on the GPU against 16 processes. DIR/data.jsonl and the table
-          of goals. What an earlier call of the same commit finished is not measured again
-methods   bench/methodchecks.py: every method's captured step equals its eager one, fp32 and bf16
+          of goals
 train     ffl-cifar100-resnet32 --amp and its twin (--data), each resumed from DIR/runs where an earlier call stopped; when one
           is done its row, wall time and errors beside the published ones, joins DIR/step.jsonl
+compare   one seed of every method in the common setting (--data), `none` first: DIR/compare.jsonl. Only where --only names it
 
-Rows are appended to DIR/gpu.jsonl as they come. Each block ends by itself when --minutes are over; a block that fails
-writes its reason and the next one runs. Every op runs in a process of its own, since an illegal access ends all later CUDA
-calls of its process. --smoke walks through all of it on the CPU with tiny sizes: its figures mean nothing.
+Rows are appended to DIR/gpu.jsonl as they come, DIR being runs/gpu. Each block ends --minutes after it began, all of them
+--total after the first, killing and saving included. Called again, a block leaves out what the same code has done and found
+right, and takes what failed last. Checks run in processes of their own, a fresh one after a fault, since an illegal access ends
+all later CUDA calls of its process; a block that fails writes its reason and the next one runs. --pack FILE keeps a tar of all
+rows, tables and runs' reports up to date, without checkpoints. --smoke walks through all of it on the CPU with tiny sizes: its
+figures mean nothing.
 """
 
 import argparse
@@ -34,124 +37,34 @@ import tarfile
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import fastffl_kernels
-from fastffl import methods, recipes
+from checkrows import LOST, OVER, Row, code, facts, reason
+from fastffl import methods
 from fastffl.bench import cases, problems, roofline, timing, variants
 from fastffl.bench import data as load
 from fastffl.bench import kernels as benched
 from fastffl.bench.problems import FULL
 from fastffl.bench.timing import ROOT, circumstances, read, write
-from fastffl.data import Place, source
-from fastffl.recipe import Recipe, change
 from fastffl.recipes.family import COMPARE
-from fastffl.train import Learner, fit, optim
-from fastffl.train.device import Plan, plan
+from fastffl.train.device import Plan
 from fastffl.train.graph import computing
-from fastffl.train.progress import Progress
-from fastffl.train.step import Step
-from fastffl.values import Batch
+from methodchecks import cases as cases_of
+from stepchecks import CHECKS as STEP_CHECKS
 
-Row = dict[str, Any]
+Emit = Callable[..., None]
 
-
-def made(recipe: Recipe, where: Plan, classes: int, channels: int, size: int) -> Step:
-    """A step as the trainer builds it."""
-    learner = Learner.build(recipe, classes, channels, size).place(where)
-    return Step(learner, optim.build(learner, recipe.optim), recipe, where.device)
-
-
-def losses(recipe: Recipe, device: str, steps: int = 3) -> list[float]:
-    """The first losses of a recipe's nets on random CIFAR-shaped images."""
-    where = plan(change(recipe, "run.device", device))
-    step = made(recipe, where, 100, 3, 32)
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(64, 3, 32, 32, generator=generator), torch.randint(0, 100, (64,), generator=generator)
-    values = []
-    for _ in range(steps):
-        step.rate(0.05)
-        images = x.to(where.device, memory_format=where.memory_format)
-        step(Batch(images, y.to(where.device), y))
-        values.append(float(step.meters.read()["loss"]))
-        step.meters.clear()
-    return values
-
-
-def small(recipe: str, **changes: str) -> Recipe:
-    made_ = change(recipes.load(recipe), "nets.names", "resnet8,resnet8")
-    for key, value in changes.items():
-        made_ = change(made_, key.replace("__", "."), value)
-    return made_
-
-
-def check_against_cpu(device: str, amp: str | None, limit: float) -> Row:
-    """The device's losses beside the CPU's in fp32."""
-    base = small("cifar100")
-    mixed = base if amp is None else change(change(base, "amp.enabled", "true"), "amp.dtype", amp)
-    want, got = losses(base, "cpu"), losses(mixed, device)
-    off = max(abs(a - b) / abs(b) for a, b in zip(got, want, strict=True))
-    return {"value": off, "unit": "largest relative loss difference", "ok": off < limit}
-
-
-def check_no_host_read(device: str) -> Row:
-    """Torch raises at any synchronising call inside the block; on the CPU there is nothing to detect."""
-    recipe = small("cifar100", amp__enabled="true", optim__clip="1.0", ema__decay="0.9")
-    where = plan(change(recipe, "run.device", device))
-    step = made(recipe, where, 100, 3, 32)
-    x = torch.randn(32, 3, 32, 32, device=where.device).contiguous(memory_format=where.memory_format)
-    y = torch.arange(32, device=where.device)
-    step(Batch(x, y, y))
-    cuda = where.device.type == "cuda"
-    if cuda:
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        for k in range(5):
-            step.rate(0.01 * (k + 1))
-            step.ramp(k / 5)
-            step(Batch(x, y, y))
-    finally:
-        if cuda:
-            torch.cuda.set_sync_debug_mode("default")
-    return {"value": 0, "unit": "host reads in 5 steps", "ok": True}
-
-
-def check_resume(device: str) -> Row:
-    """A run stopped inside an epoch and gone on with, against the run that was never stopped, deterministic kernels."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        digests = []
-        with tempfile.TemporaryDirectory() as folder:
-            for name, limits in (("whole", [None]), ("cut", ["17", None])):
-                for limit in limits:
-                    recipe = small("digits", sched__epochs="2", run__device=device)
-                    recipe = recipe if limit is None else change(recipe, "run.max_steps", limit)
-                    where = plan(recipe)
-                    data = source(recipe.data, Place(where.device, where.memory_format))
-                    learner = Learner.build(recipe, 10, 1, 8)
-                    result = fit(learner, data, recipe, out=Path(folder) / name, progress=Progress(quiet=True))
-                digests.append(result.digest)
-        same = digests[0] == digests[1]
-        return {"value": int(same), "unit": "digests equal", "ok": same}
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def check_kernels_on_off(device: str, steps: int) -> Row:
-    """The same training with the Triton kernels and with plain torch: each step's loss, fp32."""
-    recipe = small("cifar100")
-    found = {}
-    for choice in ("auto", "reference"):
-        with fastffl_kernels.use(choice):
-            found[choice] = losses(recipe, device, steps)
-    off = max(abs(a - b) / abs(b) for a, b in zip(found["auto"], found["reference"], strict=True))
-    return {"value": off, "unit": f"largest relative loss difference of {steps} steps", "ok": off < 1e-4}
-
+LATE = "out of time before it began; call again to go on"
+SLACK = 45  # seconds: a compilation that is under way when a command's own time is over
+OP_CHECKS = ("random", "large", "replays", "repeats")
+GRAPH_CHECKS = ("same", "delays", "waits", "evaluate", "memory", "replays")
+DALI_CHECKS = ("decode", "views", "bad")
+PACKED = (".jsonl", ".json", ".seconds", ".svg", ".csv", ".md", ".html", ".log")
 
 # What an op gets of a block's time: the loss and the fusion module have most to compile, of ours and of rivals.
 SHARES = {"distill_graph": 0.35, "fuse_conv": 0.36, "bn_act": 0.11, "augment": 0.05, "guard": 0.03, "sgd_flat": 0.05, "nce": 0.05}
@@ -162,43 +75,65 @@ def part(ops: list[str], k: int) -> float:
     return SHARES[ops[k]] / sum(SHARES[op] for op in ops[k:])
 
 
-def checks(args: argparse.Namespace, emit: Callable[..., None]) -> None:
-    device, end = "cpu" if args.smoke else "cuda", time.monotonic() + 60 * args.minutes
-    todo: dict[str, Callable[[], Row]] = {
-        "step equals CPU, fp32": lambda: check_against_cpu(device, None, 2e-2),
-        "step near CPU, bf16": lambda: check_against_cpu(device, "bf16", 1e-1),
-        "step near CPU, fp16": lambda: check_against_cpu(device, "fp16", 1e-1),
-        "no host read in a step": lambda: check_no_host_read(device),
-        "resume to the same digest": lambda: check_resume(device),
-        "kernels on and off": lambda: check_kernels_on_off(device, 3 if args.smoke else 100),
-    }
-    for name, run in todo.items():
-        try:
-            emit("checks", name, **run())
-        except Exception as error:  # a failing check must not cost the blocks after it
-            emit("checks", name, ok=False, error=f"{type(error).__name__}: {str(error).splitlines()[0]}")
-            traceback.print_exc()
+def over(end: float, share: float = 1.0) -> tuple[float, float]:
+    """Seconds that a command is told of a block that ends at `end`, and those after which it is stopped."""
+    left = end - time.monotonic()
+    seconds = max(20.0, share * left)
+    return max(10.0, min(seconds, left - SLACK)), min(seconds + SLACK, left)
+
+
+def earlier(args: argparse.Namespace) -> dict[str, Row]:
+    """The last row of each case that the same code has left here."""
+    path, here, commit = args.out / "gpu.jsonl", code(), circumstances()["commit"]
+    rows = read(path) if path.is_file() else []
+    variant = "smoke" if args.smoke else "ours"
+    return {r["case"]: r for r in rows if r["commit"] == commit and r.get("code", here) == here and r["variant"] == variant}
+
+
+def right(args: argparse.Namespace) -> set[str]:
+    return {case for case, row in earlier(args).items() if row.get("ok")}
+
+
+def in_turn(args: argparse.Namespace, emit: Emit, what: str, script: list[str], names: Sequence[str], end: float) -> bool:
+    """The checks of a script in one process, and in a fresh one after each that ended it; whether all are right. In its words
+    LEFT stands for the seconds that it has."""
+    known, out, silent = earlier(args), args.out / "gpu.jsonl", 0
+    todo = [n for n in names if not known.get(f"{what} {n}", {}).get("ok")]
+    todo.sort(key=lambda n: f"{what} {n}" in known)
+    while todo and silent < 2 and (left := end - time.monotonic()) > 5:
+        before = len(read(out)) if out.is_file() else 0
+        smoke = ["--smoke"] if args.smoke else []
+        words = [word.replace("LEFT", f"{max(1.0, left - 10):.0f}") for word in script]
+        exit_code = run_for([sys.executable, *words, "--out", str(out), "--only", ",".join(todo), *smoke], left, grace=5)
+        said = {r["case"] for r in (read(out)[before:] if out.is_file() else [])}
+        silent = 0 if said else silent + 1
+        todo = [n for n in todo if f"{what} {n}" not in said]
+        if exit_code == OVER:
+            break
+        if todo and exit_code != LOST:
+            block, _, name = f"{what} {todo.pop(0)}".partition(": ")
+            late = "the block's time was over" if end - time.monotonic() < 5 else "it ended its process"
+            emit(block, name, ok=False, error=f"{late}, exit code {exit_code}")
+    found = right(args)
+    return all(f"{what} {n}" in found for n in names)
+
+
+def checks(args: argparse.Namespace, emit: Emit) -> None:
+    end = time.monotonic() + 60 * args.minutes
+    good = in_turn(args, emit, "checks: step", ["bench/stepchecks.py"], STEP_CHECKS, end)
+    emit("checks", "step", ok=good)
     for k, op in enumerate(args.ops):
         share = max(20.0, part(args.ops, k) * (end - time.monotonic()))
-        command = [
-            sys.executable,
-            "bench/opchecks.py",
-            op,
-            "--out",
-            str(args.out / "gpu.jsonl"),
-            "--seconds",
-            f"{0.6 * share:.0f}",
-        ]
-        code = run_for([*command, *(["--smoke"] if args.smoke else [])], share)
-        emit("checks", op, ok=code == 0, exit_code=code)
+        script = ["bench/opchecks.py", op, "--seconds", f"{0.6 * share:.0f}"]
+        emit("checks", op, ok=in_turn(args, emit, f"checks: {op}", script, OP_CHECKS, min(end, time.monotonic() + share)))
 
 
-def run_for(command: list[str], seconds: float, grace: float = 60, stdout: Path | None = None, **environment: str) -> int:
-    """Run a command; after `seconds` it is asked to save and stop (SIGTERM), after `grace` more it is killed. Its exit code."""
+def run_for(command: list[str], seconds: float, grace: float = 30, stdout: Path | None = None, **environment: str) -> int:
+    """Run a command for at most `seconds`; `grace` before their end it is asked to save and stop (SIGTERM). Its exit code."""
     with stdout.open("w") if stdout else nullcontext() as said:
         process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=said)
         try:
-            return process.wait(seconds)
+            return process.wait(max(seconds / 2, seconds - grace))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)
         try:
@@ -208,14 +143,19 @@ def run_for(command: list[str], seconds: float, grace: float = 60, stdout: Path 
             return process.wait()
 
 
-def kernels(args: argparse.Namespace, emit: Callable[..., None]) -> None:
+def kernels(args: argparse.Namespace, emit: Emit) -> None:
     out, end = args.out / "kernels.jsonl", time.monotonic() + 60 * args.minutes
-    for k, op in enumerate(args.ops):
-        seconds = max(20.0, part(args.ops, k) * (end - time.monotonic()))
+    done = right(args)
+    ops = [op for op in args.ops if f"kernels: {op}" not in done]
+    for k, op in enumerate(ops):
+        told, limit = over(end, part(ops, k))
+        if limit < 10:
+            emit("kernels", op, ok=False, error=LATE)
+            continue
         command = [sys.executable, "-m", "fastffl", "bench", "kernels", "--op", op, "--out", str(out)]
-        command += ["--device", "cpu", "--quick"] if args.smoke else ["--device", "cuda", "--minutes", f"{seconds / 60:.2f}"]
-        code = run_for(command, seconds + 45, grace=5)  # the last compilation may still be under way
-        emit("kernels", op, ok=code == 0, exit_code=code, rows="kernels.jsonl")
+        command += ["--device", "cpu", "--quick"] if args.smoke else ["--device", "cuda", "--minutes", f"{told / 60:.2f}"]
+        exit_code = run_for(command, limit, grace=5)
+        emit("kernels", op, ok=exit_code == 0, exit_code=exit_code, rows="kernels.jsonl")
     rows = read(out) if out.is_file() else []
     if args.smoke:
         timed: list[Row] = []
@@ -230,49 +170,56 @@ def kernels(args: argparse.Namespace, emit: Callable[..., None]) -> None:
     roofline.draw(rows, args.out / "kernels.svg", circumstances()["device"])
 
 
-def sanitize(args: argparse.Namespace, emit: Callable[..., None]) -> None:
+def sanitize(args: argparse.Namespace, emit: Emit) -> None:
     found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if found is None and not args.smoke:
         emit("sanitize", "compute-sanitizer", ok=False, error="not installed")
         return
     tools = ("memcheck", "initcheck", "racecheck")
     end = time.monotonic() + 60 * args.minutes
-    left = len(args.ops) * len(tools)
-    for op in args.ops:
-        for tool in tools:
-            share = max(20.0, (end - time.monotonic()) / left)
-            left -= 1
-            wrap = [found, "--tool", tool, "--error-exitcode", "9"] if found and not args.smoke else []
-            command = [*wrap, sys.executable, "bench/opchecks.py", op, "--only", "random", "--cases", "60"]
-            command += ["--out", str(args.out / "gpu.jsonl"), "--seconds", f"{share:.0f}"]
-            command += ["--smoke"] if args.smoke else []
-            code = run_for(command, share + 30, grace=5, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-            emit("sanitize", f"{op} {tool}", ok=code == 0, exit_code=code)
+    done = right(args)
+    todo = [(op, tool) for tool in tools for op in args.ops if f"sanitize: {op} {tool}" not in done]
+    for k, (op, tool) in enumerate(todo):
+        told, limit = over(end, 1 / (len(todo) - k))
+        if limit < 10:
+            emit("sanitize", f"{op} {tool}", ok=False, error=LATE)
+            continue
+        wrap = [found, "--tool", tool, "--error-exitcode", "9"] if found and not args.smoke else []
+        command = [*wrap, sys.executable, "bench/opchecks.py", op, "--only", "random", "--cases", "60", "--what", "sanitized:"]
+        command += ["--out", str(args.out / "gpu.jsonl"), "--seconds", f"{told:.0f}"]
+        command += ["--smoke"] if args.smoke else []
+        exit_code = run_for(command, limit, grace=5, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        emit("sanitize", f"{op} {tool}", ok=exit_code == 0, exit_code=exit_code)
 
 
-def graph(args: argparse.Namespace, emit: Callable[..., None]) -> None:
-    command = [sys.executable, "bench/graphchecks.py", "--out", str(args.out / "gpu.jsonl"), *(["--smoke"] if args.smoke else [])]
-    code = run_for(command, 60 * args.minutes, grace=5)
-    emit("graph", "all checks", ok=code == 0, exit_code=code)
+def graph(args: argparse.Namespace, emit: Emit) -> None:
+    end = time.monotonic() + 60 * args.minutes
+    emit("graph", "all checks", ok=in_turn(args, emit, "graph:", ["bench/graphchecks.py"], GRAPH_CHECKS, end))
 
 
-def step(args: argparse.Namespace, emit: Callable[..., None]) -> None:
-    out = args.out / "step.jsonl"
-    command = [sys.executable, "-m", "fastffl", "bench", "train", "--out", str(out), "--minutes", f"{args.minutes:.2f}"]
+def checked_methods(args: argparse.Namespace, emit: Emit) -> None:
+    end = time.monotonic() + 60 * args.minutes
+    named = cases_of(args.methods.split(",") if args.methods else methods.names())
+    script = ["bench/methodchecks.py", "--seconds", "LEFT"]
+    emit("methods", "all checks", ok=in_turn(args, emit, "methods:", script, named, end), of=len(named))
+
+
+def step(args: argparse.Namespace, emit: Emit) -> None:
+    out, (told, limit) = args.out / "step.jsonl", over(time.monotonic() + 60 * args.minutes)
+    command = [sys.executable, "-m", "fastffl", "bench", "train", "--out", str(out), "--minutes", f"{told / 60:.2f}"]
     command += ["--official", str(args.official)] if args.official else []
     command += [word for name in args.cases.split(",") if name for word in ("--case", name)]
     command += ["--device", "cpu", "--quick", "--case", "resnet8x2-32"] if args.smoke else ["--device", "cuda"]
-    code = run_for(command, 60 * args.minutes + 45, grace=5)  # the last compilation may still be under way
+    exit_code = run_for(command, limit, grace=5)
     met = [m.met for m in cases.goals(read(out) if out.is_file() else [])]
     counts = {word: met.count(word) for word in ("yes", "no", "unmeasured")}
-    emit("step", "fastffl bench train", ok=code == 0 and not counts["no"], exit_code=code, rows="step.jsonl", **counts)
+    emit("step", "fastffl bench train", ok=exit_code == 0 and not counts["no"], exit_code=exit_code, rows="step.jsonl", **counts)
 
 
-def dali(args: argparse.Namespace, emit: Callable[..., None]) -> None:
-    command = [sys.executable, "bench/dalichecks.py", "--out", str(args.out / "gpu.jsonl")]
-    command += (["--images", str(args.images)] if args.images else []) + (["--smoke"] if args.smoke else [])
-    code = run_for(command, 60 * args.minutes, grace=5)
-    emit("dali", "all checks", ok=code == 0, exit_code=code)
+def dali(args: argparse.Namespace, emit: Emit) -> None:
+    end = time.monotonic() + 60 * args.minutes
+    script = ["bench/dalichecks.py", *(["--images", str(args.images)] if args.images else [])]
+    emit("dali", "all checks", ok=in_turn(args, emit, "dali:", script, DALI_CHECKS, end))
 
 
 def fp32_beside_ours(smoke: bool) -> list[Row]:
@@ -319,13 +266,9 @@ def unpacked(images: Path | None, folder: Path) -> Path | None:
     return folder
 
 
-def data(args: argparse.Namespace, emit: Callable[..., None]) -> None:
+def data(args: argparse.Namespace, emit: Emit) -> None:
     out, end = args.out / "data.jsonl", time.monotonic() + 60 * args.minutes
-    known = read(args.out / "gpu.jsonl") if (args.out / "gpu.jsonl").is_file() else []
-    commit = circumstances()["commit"]
-    done = {
-        r["case"] for r in known if r.get("ok") and r["commit"] == commit and r["variant"] == ("smoke" if args.smoke else "ours")
-    }
+    done = right(args)
     fastffl = [sys.executable, "-m", "fastffl", "bench"]
     train_ = [*fastffl, "train", "--out", str(out), "--rivals", "eager" if args.smoke else "eager,compile"]
     train_ += (
@@ -349,9 +292,12 @@ def data(args: argparse.Namespace, emit: Callable[..., None]) -> None:
         }
         left = sum(share for _, share in todo.values())
         for name, (command, share) in todo.items():
-            seconds = max(20.0, (end - time.monotonic()) * share / left)
+            told, limit = over(end, share / left)
             left -= share
             if f"data: {name}" in done:
+                continue
+            if limit < 10:
+                emit("data", name, ok=False, error=LATE)
                 continue
             if "JPEGs" in name and images is None:
                 emit("data", name, ok=False, error="no --images DIR given")
@@ -360,9 +306,8 @@ def data(args: argparse.Namespace, emit: Callable[..., None]) -> None:
                 write(out, rows, circumstances())
                 emit("data", name, ok=all(row["state"] == "ok" for row in rows))
             else:
-                limit = ["--minutes", f"{seconds / 60:.2f}"]
-                code = run_for([*command, *limit], seconds + 60, grace=10)
-                emit("data", name, ok=code == 0, exit_code=code, rows="data.jsonl")
+                exit_code = run_for([*command, "--minutes", f"{told / 60:.2f}"], limit, grace=10)
+                emit("data", name, ok=exit_code == 0, exit_code=exit_code, rows="data.jsonl")
     met = [m.met for m in load.goals(read(out) if out.is_file() else [])]
     emit("data", "goals", ok="no" not in met, **{word: met.count(word) for word in ("yes", "no", "unmeasured")})
 
@@ -370,23 +315,20 @@ def data(args: argparse.Namespace, emit: Callable[..., None]) -> None:
 PUBLISHED = {"fused": "25.56 +- 0.32", "p0": "27.06 +- 0.34", "p1": "27.06 +- 0.34"}  # errors, FFL slides
 
 
-def checked_methods(args: argparse.Namespace, emit: Callable[..., None]) -> None:
-    from methodchecks import every
-
-    every(emit, args.smoke)
-
-
-def train(args: argparse.Namespace, emit: Callable[..., None]) -> None:
+def train(args: argparse.Namespace, emit: Emit) -> None:
     runs(args, emit, "train", ["ffl-cifar100-resnet32", "none-ffl-cifar100-resnet32"], args.out / "step.jsonl")
 
 
-def compare(args: argparse.Namespace, emit: Callable[..., None]) -> None:
-    """One seed of every method in the common setting; those that an earlier call finished are not trained again."""
-    named = [COMPARE + m for m in sorted(methods.names(), key=lambda m: m not in ("none", "ffl", "dml", "one"))]
-    runs(args, emit, "compare", named[:2] if args.smoke else named, args.out / "compare.jsonl")
+def compare(args: argparse.Namespace, emit: Emit) -> None:
+    """One seed of every method in the common setting: the baseline, then the family's first ones."""
+    first = ("none", "ffl", "dml", "one")
+    named = [m for m in first if m in methods.own()] + [m for m in methods.own() if m not in first]
+    if args.smoke:  # the baseline, one that needs other runs finished first, one with a memory
+        named = ["none", "kd", "mcl-okd"]
+    runs(args, emit, "compare", [COMPARE + m for m in named], args.out / "compare.jsonl")
 
 
-def runs(args: argparse.Namespace, emit: Callable[..., None], block: str, names: list[str], rows: Path) -> None:
+def runs(args: argparse.Namespace, emit: Emit, block: str, names: list[str], rows: Path) -> None:
     """Train recipes one after the other until the time is over, each resumed where an earlier call stopped it."""
     if not args.data and not args.smoke:
         emit(block, names[0], ok=False, error="no --data DIR given")
@@ -401,19 +343,20 @@ def runs(args: argparse.Namespace, emit: Callable[..., None], block: str, names:
         else:
             command += ["--data", str(args.data), "--set", "run.save_every=10"]
         left = end - time.monotonic()
-        if left < 30:
-            emit(block, name, ok=False, error="out of time before it began; call again to go on")
+        if left < 40:
+            emit(block, name, ok=False, error=LATE)
             continue
         spent.parent.mkdir(parents=True, exist_ok=True)
         begin, said = time.monotonic(), args.out / "runs" / f"{name}.json"
         done = said.is_file() and said.read_text().strip() != ""  # nothing is printed before a run is finished
-        code = 0 if done else run_for(command, left, stdout=said)
+        exit_code = 0 if done else run_for(command, left, stdout=said)
+        finished = said.read_text().strip() if exit_code == 0 else ""
         seconds = float(spent.read_text()) if spent.is_file() else 0.0
         seconds += 0 if done else time.monotonic() - begin
         spent.write_text(f"{seconds:.2f}")  # of all calls so far: start, data, capture, epochs and evaluations
-        emit(block, name, ok=code == 0, exit_code=code, run=f"runs/{name}", seconds=seconds)
-        if code == 0 and not done:
-            write(rows, [outcome(name, json.loads(said.read_text()), seconds, not args.smoke)], circumstances())
+        if finished and not done:
+            write(rows, [outcome(name, json.loads(finished), seconds, not args.smoke)], circumstances())
+        emit(block, name, ok=bool(finished), exit_code=exit_code, run=f"runs/{name}", seconds=seconds)
 
 
 def outcome(name: str, result: Row, seconds: float, cuda: bool) -> Row:
@@ -433,16 +376,30 @@ def outcome(name: str, result: Row, seconds: float, cuda: bool) -> Row:
     }
 
 
+def pack(folder: Path, file: Path) -> None:
+    """A tar of what is small in a folder: rows, tables, figures, recipes. The old one stays until it is whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part_ = file.with_name(f"{file.name}.part")
+    with tarfile.open(part_, "w:gz", compresslevel=1) as tar:
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in PACKED and path.is_file() and path.stat().st_size < 4 << 20:
+                tar.add(path, path.relative_to(folder))
+    part_.replace(file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu")
     parser.add_argument("--official", type=Path)
-    parser.add_argument("--data", type=Path)
+    parser.add_argument("--data", type=Path, help="the folder that holds cifar-100-python/, of the blocks train and compare")
     parser.add_argument("--images", type=Path, help="JPEGs in class folders, or a tar of them; few will do")
-    parser.add_argument("--only", default="checks,graph,methods,kernels,sanitize,step,dali,data,train")
+    parser.add_argument("--only", default="")
     parser.add_argument("--ops", default=",".join(FULL), help="of the blocks checks, kernels and sanitize")
     parser.add_argument("--cases", default="", help="of the block step; all that is compiled takes longer than a block")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for each block")
+    parser.add_argument("--methods", default="", help="of the block methods")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for each block")
+    parser.add_argument("--total", type=float, default=float("inf"), help="minutes for all blocks of this call")
+    parser.add_argument("--pack", type=Path, help="a .tar.gz of all rows and reports, written anew after each row")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     if not args.smoke and not torch.cuda.is_available():
@@ -450,8 +407,18 @@ def main() -> None:
     args.out, args.ops = args.out.resolve(), args.ops.split(",")
     if unknown := set(args.ops) - set(FULL):
         sys.exit(f"error: --ops {','.join(unknown)}: expected some of {', '.join(FULL)}")
-    facts = circumstances()
-    before = time.perf_counter()
+    blocks = {"checks": checks, "graph": graph, "methods": checked_methods, "kernels": kernels, "sanitize": sanitize}
+    blocks |= {"step": step, "dali": dali, "data": data, "train": train, "compare": compare}
+    asked = args.only.split(",") if args.only else [name for name in blocks if name != "compare"]
+    for name in asked:
+        if name not in blocks:
+            sys.exit(f"error: --only {name}: expected some of {', '.join(blocks)}")
+        if args.only and name in ("train", "compare") and not (args.data or args.smoke):
+            sys.exit(
+                f"error: {name} trains on CIFAR-100; type: python bench/gpu.py --only {name} --data DIR (cifar-100-python/ in it)"
+            )
+    same = facts()
+    before, end = time.perf_counter(), time.monotonic() + 60 * args.total
 
     def emit(block: str, case: str, **values: Any) -> None:
         """A row; its ms are the wall time since the row before it."""
@@ -459,19 +426,21 @@ def main() -> None:
         now = time.perf_counter()
         row = {"case": f"{block}: {case}", "variant": "smoke" if args.smoke else "ours", "ms": 1e3 * (now - before), **values}
         before = now
-        write(args.out / "gpu.jsonl", [row], facts)
+        write(args.out / "gpu.jsonl", [row], same)
         print(row, flush=True)
+        if args.pack:
+            pack(args.out, args.pack)
 
-    blocks = {"checks": checks, "graph": graph, "kernels": kernels, "sanitize": sanitize, "step": step}
-    blocks |= {"dali": dali, "data": data, "train": train, "compare": compare}
-    blocks["methods"] = checked_methods
-    for name in args.only.split(","):
-        if name not in blocks:
-            sys.exit(f"error: --only {name}: expected some of {', '.join(blocks)}")
+    minutes = args.minutes
+    for name in asked:
+        args.minutes = min(minutes, (end - time.monotonic()) / 60)
+        if args.minutes < 0.5:
+            emit(name, "the block", ok=False, error=LATE)
+            continue
         try:
             blocks[name](args, emit)
         except Exception as error:  # a failing block must not cost those after it
-            emit(name, "the block", ok=False, error=f"{type(error).__name__}: {error}")
+            emit(name, "the block", ok=False, error=reason(error))
             traceback.print_exc()
 
 

@@ -286,6 +286,7 @@ def main() -> None:
     parser.add_argument("--only", default="random,large,replays,repeats")
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seconds", type=float, default=60, help="for the random cases")
+    parser.add_argument("--what", default="checks:", help="how its rows begin")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     device = torch.device("cpu" if args.smoke else "cuda")
@@ -298,7 +299,7 @@ def main() -> None:
     }
     if not few and not problems.has_triton(args.op):
         todo = dict.fromkeys(todo, lambda: {"ok": False, "error": "no Triton path in this version"})
-    sys.exit(run(todo, args.only, args.out, f"checks: {args.op}", "smoke" if few else "ours"))
+    sys.exit(run(todo, args.only, args.out, f"{args.what} {args.op}", "smoke" if few else "ours"))
 
 
 if __name__ == "__main__":

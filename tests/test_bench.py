@@ -1,11 +1,15 @@
 """The benchmark's protocol: interleaving, rows, the README's tables; and what it says without the authors' checkout."""
 
+import argparse
 import csv
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tarfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
+import checkrows  # noqa: E402
+import methodchecks  # noqa: E402
 import readme  # noqa: E402
 from fastffl import methods  # noqa: E402
 from fastffl.bench import timing as protocol  # noqa: E402
@@ -137,14 +143,22 @@ def test_a_block_that_does_not_stop_is_stopped() -> None:
 
 
 def test_the_blocks_of_the_step_walk_through(tmp_path: Path) -> None:
-    """graph, step and train on the CPU: every check gives a row, a finished run its outcome, and a second call trains nothing."""
+    """On the CPU: every check gives a row, a finished run its outcome, and a second call trains nothing."""
     command = [sys.executable, "bench/gpu.py", "--smoke", "--out", str(tmp_path), "--only"]
     slow = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "graph,step,train"], cwd=ROOT, env=slow, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, "graph,step,train,methods", "--methods", "none"],
+        cwd=ROOT,
+        env=slow,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     rows = {row["case"]: row for row in protocol.read(tmp_path / "gpu.jsonl")}
     checks = ("same", "delays", "waits", "evaluate", "memory", "replays")
     assert all(rows[f"graph: {name}"]["ok"] for name in (*checks, "all checks")), rows
+    assert all(rows[f"methods: {name}"]["ok"] for name in ("none bf16", "none fp32", "all checks")), rows
     runs = ("ffl-cifar100-resnet32", "none-ffl-cifar100-resnet32")
     assert rows["step: fastffl bench train"]["ok"] and all(rows[f"train: {name}"]["ok"] for name in runs), done.stdout
     found = {(r["kind"], r["variant"]): r for r in protocol.read(tmp_path / "step.jsonl")}
@@ -181,21 +195,179 @@ def test_the_gallery_is_of_its_rows() -> None:
         assert cells[4] == ships[method] and min(votes[ships[method]]) >= 97
 
 
-def test_the_block_of_methods_walks_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each method gives a row per precision; one that fails leaves the others theirs."""
-    import methodchecks
+def _still(step: Step) -> None:
+    """The counter of the memory's draws goes back after every step."""
+    method: Any = step.learner.method
+    real = method.after_step
 
-    rows: list[dict[str, Any]] = []
-    monkeypatch.setattr(methods, "names", lambda: ["afd", "none"])
-    methodchecks.every(lambda block, case, **values: rows.append({"case": case, **values}), smoke=True)
-    assert [r["case"] for r in rows] == ["afd fp32", "afd bf16", "none fp32", "none bf16"] and all(r["ok"] for r in rows), rows
-    real = methodchecks.ended
-    monkeypatch.setattr(
-        methodchecks, "ended", lambda name, *more, **named: real("nope" if name == "afd" else name, *more, **named)
-    )
-    rows.clear()
-    methodchecks.every(lambda block, case, **values: rows.append({"case": case, **values}), smoke=True)
-    assert [r["ok"] for r in rows] == [False, False, True, True] and "no method is called" in rows[0]["error"]
+    def after(*given: Any) -> None:
+        before = method.counter.clone()
+        real(*given)
+        method.counter.copy_(before)
+
+    method.after_step = after
+
+
+def _silent(part: Any, *names: str) -> None:
+    for name in names:
+        setattr(part, name, lambda *_: None)
+
+
+def _frozen_objectives(step: Step) -> None:
+    step.objectives.step = lambda found: step.objectives.forget()  # type: ignore[method-assign]
+
+
+# What a captured step might do once and never again: method, setting, how the step is broken after the fourth.
+SABOTAGES: dict[str, tuple[str, str, Callable[[Step], None]]] = {
+    "a counter that stands": ("mcl-okd", "bf16", _still),
+    "a memory that is not written": ("mcl-okd", "fp32", lambda step: _silent(step.learner.method, "after_step")),
+    "objectives' rate": ("afd", "bf16", lambda step: _silent(step.objectives, "rate")),
+    "objectives that do not step": ("afd", "fp32", _frozen_objectives),
+    "decoders' rate": ("ffsd", "fp32", lambda step: _silent(step.objectives, "rate")),
+    "decoders that do not step": ("ffsd", "bf16", _frozen_objectives),
+    "a teacher that does not follow": ("pcl", "bf16", lambda step: _silent(step.learner.teacher, "follow")),
+    "an average that does not follow": ("kd", "fp32", lambda step: _silent(step.average, "update")),
+    "the rate": ("feed", "bf16", lambda step: _silent(step, "rate")),
+    "the ramp": ("ffl", "bf16", lambda step: _silent(step, "ramp")),
+    "images, labels and ids": ("dml", "fp32", lambda step: None),
+}
+
+
+def _broken(breaks: Callable[[Step], None], inputs: bool, noise: float = 0.0) -> type:
+    """A Stepper whose captured runs are broken from the fifth step on, in all of which images are `noise` off."""
+    drawn = torch.Generator().manual_seed(0)  # goes on from run to run
+
+    class Broken(methodchecks.Stepper):
+        calls, first = 0, None
+
+        def __init__(self, step: Step, *more: Any, graph: bool, **named: Any):
+            super().__init__(step, *more, graph=graph, **named)
+            self.wrong = graph
+
+        def __call__(self, batch: Batch) -> None:
+            self.calls += 1
+            self.first = self.first or batch
+            if self.wrong and self.calls == 5:
+                breaks(self.step)
+            if self.wrong and inputs and self.calls > 4:
+                batch = self.first
+            off = noise * torch.randn(batch.x.shape, generator=drawn)
+            super().__call__(batch._replace(x=batch.x + off))
+
+    return Broken
+
+
+@pytest.mark.parametrize("what", SABOTAGES)
+def test_the_check_of_methods_sees_what_a_graph_froze(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, setting, breaks = SABOTAGES[what]
+    monkeypatch.setattr(methodchecks, "Stepper", _broken(breaks, what.startswith("images")))
+    found = methodchecks.compared(name, methodchecks.SETTINGS[setting], torch.device("cpu"))
+    assert not found["ok"] and found["equal"] in (4, 5) and found["wrong"] == found["of"] - found["equal"], found
+
+
+def test_the_check_of_methods_takes_what_two_eager_runs_differ_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Atomics on a GPU give other last bits in each run; what is frozen beside that is seen all the same."""
+    for breaks, ok in ((lambda step: None, True), (SABOTAGES["objectives' rate"][2], False)):
+        monkeypatch.setattr(methodchecks, "Stepper", _broken(breaks, False, noise=1e-6))
+        found = methodchecks.compared("ffsd", methodchecks.SETTINGS["fp32"], torch.device("cpu"))
+        assert found["equal"] < 4 and found["ok"] == ok and found["eager_unequal"], found
+
+
+FAULTS = """
+import os, sys, time
+sys.path.insert(0, {bench!r})
+import checkrows
+from pathlib import Path
+def bare(): assert False
+def lost(): checkrows.lost = lambda: True; raise RuntimeError("illegal\\nmemory access")
+def good(): return {{"ok": True}}
+def dies(): os._exit(9)
+def hangs(): time.sleep(99)
+checks = {{"good": good, "bare": bare, "dies": dies, "lost": lost, "hangs": hangs, "last": good}}
+sys.exit(checkrows.run(checks, sys.argv[4], Path(sys.argv[2]), "fake:", "smoke", limit=1))
+"""
+
+
+def test_no_fault_hides_the_checks_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare assert, a process that dies, one whose device is lost, one that hangs: all checks have a row. Called again, what is
+    right is left out and what failed comes after what was never tried."""
+    import gpu
+
+    script = tmp_path / "faults.py"
+    script.write_text(FAULTS.format(bench=str(ROOT / "bench")))
+    args = argparse.Namespace(out=tmp_path, smoke=True)
+    same = checkrows.facts()
+
+    def emit(block: str, case: str, **values: Any) -> None:
+        protocol.write(tmp_path / "gpu.jsonl", [{"case": f"{block}: {case}", "variant": "smoke", **values}], same)
+
+    asked: list[str] = []
+    real = gpu.run_for
+    monkeypatch.setattr(gpu, "run_for", lambda command, *more, **named: asked.append(command[5]) or real(command, *more, **named))
+    names = ["good", "bare", "dies", "lost", "hangs", "last"]
+    assert not gpu.in_turn(args, emit, "fake:", [str(script)], names, time.monotonic() + 100)
+    rows = {row["case"]: row for row in protocol.read(tmp_path / "gpu.jsonl")}
+    assert [rows[f"fake: {name}"]["ok"] for name in names] == [True, False, False, False, False, True]
+    assert asked == ["good,bare,dies,lost,hangs,last", "lost,hangs,last", "hangs,last", "last"]
+    said = [rows[f"fake: {name}"]["error"] for name in names[1:5]]
+    ended = "it ended its process, exit code"
+    assert said == ["AssertionError", f"{ended} 9", "RuntimeError: illegal", f"{ended} 1"]
+    asked.clear()
+    monkeypatch.setattr(gpu, "run_for", lambda command, *_, **__: asked.append(command[5]) or 0)
+    gpu.in_turn(args, emit, "fake:", [str(script)], ["bare", "good", "new"], time.monotonic() + 100)
+    assert asked == ["new,bare", "bare"]
+
+
+def test_checks_end_when_their_time_is_over(tmp_path: Path) -> None:
+    def slow() -> dict[str, Any]:
+        time.sleep(0.2)
+        return {"ok": True}
+
+    exit_code = checkrows.run(dict.fromkeys("abc", slow), "a,b,c", tmp_path / "x.jsonl", "slow:", "smoke", seconds=0.3)
+    assert exit_code == checkrows.OVER and [r["case"] for r in protocol.read(tmp_path / "x.jsonl")] == ["slow: a"]
+
+
+def test_what_is_packed_is_small_and_whole(tmp_path: Path) -> None:
+    import gpu
+
+    run = tmp_path / "out" / "runs" / "a" / "first"
+    run.mkdir(parents=True)
+    for path in (run / "rows.jsonl", run / "recipe.json", run / "last.pt", tmp_path / "out" / "gpu.jsonl"):
+        path.write_text("{}")
+    gpu.pack(tmp_path / "out", tmp_path / "back" / "all.tar.gz")
+    with tarfile.open(tmp_path / "back" / "all.tar.gz") as tar:
+        assert tar.getnames() == ["gpu.jsonl", "runs/a/first/recipe.json", "runs/a/first/rows.jsonl"]
+    assert [p.name for p in (tmp_path / "back").iterdir()] == ["all.tar.gz"]
+
+
+def test_the_baseline_is_compared_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu
+
+    asked: list[list[str]] = []
+    monkeypatch.setattr(gpu, "runs", lambda args, emit, block, names, rows: asked.append(names))
+    for smoke in (False, True):
+        gpu.compare(argparse.Namespace(smoke=smoke, out=tmp_path), lambda *_, **__: None)
+    names = [name.removeprefix(gpu.COMPARE) for name in asked[0]]
+    assert names[0] == "none" and sorted(names) == sorted(methods.own()) and {*asked[1]} < {*asked[0]}
+
+
+def test_a_command_is_stopped_before_its_block_ends() -> None:
+    import gpu
+
+    told, limit = gpu.over(time.monotonic() + 480)
+    assert told == pytest.approx(480 - gpu.SLACK, abs=1) and limit == pytest.approx(480, abs=1)
+    told, limit = gpu.over(time.monotonic() + 480, 0.25)
+    assert told == pytest.approx(120, abs=1) and limit == pytest.approx(120 + gpu.SLACK, abs=1)
+    assert gpu.over(time.monotonic() + 30)[1] == pytest.approx(30, abs=1)
+
+
+def test_what_wants_data_says_what_to_type(tmp_path: Path) -> None:
+    import gpu
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="--only compare --data DIR"):
+        patch.setattr(sys, "argv", ["gpu.py", "--only", "compare", "--out", str(tmp_path)])
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        gpu.main()
 
 
 def test_a_graph_check_sees_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
