@@ -38,7 +38,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,28 +119,35 @@ def in_turn(args: argparse.Namespace, emit: Emit, what: str, script: list[str], 
 
 
 def checks(args: argparse.Namespace, emit: Emit) -> None:
-    end = time.monotonic() + 60 * args.minutes
-    good = in_turn(args, emit, "checks: step", ["bench/stepchecks.py"], STEP_CHECKS, end)
+    begin = time.monotonic()
+    end = begin + 60 * args.minutes
+    good = in_turn(args, emit, "checks: step", ["bench/stepchecks.py"], STEP_CHECKS, begin + 0.4 * (end - begin))
     emit("checks", "step", ok=good)
     for k, op in enumerate(args.ops):
         share = max(20.0, part(args.ops, k) * (end - time.monotonic()))
         script = ["bench/opchecks.py", op, "--seconds", f"{0.6 * share:.0f}"]
-        emit("checks", op, ok=in_turn(args, emit, f"checks: {op}", script, OP_CHECKS, min(end, time.monotonic() + share)))
+        last = min(end, time.monotonic() + share + SLACK)
+        emit("checks", op, ok=in_turn(args, emit, f"checks: {op}", script, OP_CHECKS, last))
 
 
 def run_for(command: list[str], seconds: float, grace: float = 30, stdout: Path | None = None, **environment: str) -> int:
-    """Run a command for at most `seconds`; `grace` before their end it is asked to save and stop (SIGTERM). Its exit code."""
+    """Run a command for at most `seconds`; `grace` before their end it is asked to save and stop (SIGTERM). Its exit code. What
+    it started and left behind ends with it: a process that holds the device would slow all that is measured later."""
     with stdout.open("w") if stdout else nullcontext() as said:
-        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=said)
+        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=said, process_group=0)
         try:
-            return process.wait(max(seconds / 2, seconds - grace))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)
-        try:
-            return process.wait(grace)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return process.wait()
+            try:
+                return process.wait(max(seconds / 2, seconds - grace))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGTERM)
+            try:
+                return process.wait(grace)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                return process.wait()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def kernels(args: argparse.Namespace, emit: Emit) -> None:

@@ -133,12 +133,21 @@ def test_the_checks_of_an_op_see_a_wrong_one(monkeypatch: pytest.MonkeyPatch) ->
     assert not opchecks.check_repeats("bn_act", cpu, 3)["ok"]
 
 
-def test_a_block_that_does_not_stop_is_stopped() -> None:
+def test_a_block_that_does_not_stop_is_stopped(tmp_path: Path) -> None:
     import gpu
 
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
     assert gpu.run_for([sys.executable, "-c", deaf], 1.0, grace=0.3) == -9
     assert gpu.run_for([sys.executable, "-c", "import os; os._exit(int(os.environ['CODE']))"], 30, CODE="5") == 5
+    parent = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid)"
+    assert gpu.run_for([sys.executable, "-c", parent], 30, stdout=tmp_path / "pid") == 0
+    stat = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
+    for _ in range(50):  # the kernel takes a moment; nobody may wait for a child that was left behind, so that a zombie stays
+        if not stat.exists() or stat.read_text().split()[2] == "Z":
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("a child outlived its command")
     assert set(gpu.SHARES) == set(gpu.FULL) and sum(gpu.SHARES.values()) == pytest.approx(1)
 
 
