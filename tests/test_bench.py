@@ -401,3 +401,13 @@ def test_a_graph_check_sees_a_difference(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(graphchecks, "Stepper", Off)
     found = graphchecks.compared(made, 2, "off", True)
     assert not found["equal"] and not found["ok"] and found["off"] > found["spread"] == 0
+
+
+def test_rows_without_a_history_are_of_the_commit_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lent machine has a copy of the tree, and perhaps no git."""
+    monkeypatch.setenv("FASTFFL_COMMIT", "abc1234")
+    for path in ("", "/usr/bin:/bin"):
+        with monkeypatch.context() as patch:
+            patch.setenv("PATH", path)
+            patch.setenv("GIT_DIR", os.devnull)
+            assert protocol._commit() == "abc1234"

@@ -6,6 +6,7 @@ inputs of its own and 256 MB are written before each replay, so that no input wa
 
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -243,14 +244,21 @@ def circumstances(cuda: bool | None = None) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Of the checkout, `+changes` if it differs from it; the version where the package is installed without one."""
+    """Of the checkout, `+changes` if it differs from it; the version where the package is installed without one. A copy that
+    has no history, or a machine without git, is told by FASTFFL_COMMIT."""
     if not (ROOT / "kernels" / "fastffl_kernels").is_dir():
         return _version("fastffl")
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    status = [*git, "status", "--porcelain", "-uno", ":!bench/results"]
-    changed = subprocess.run(status, capture_output=True, text=True, check=False).stdout.strip()
-    return commit + ("+changes" if changed else "")
+
+    def git(*words: str) -> str:
+        run = ["git", "-C", str(ROOT), *words]
+        try:
+            return subprocess.run(run, capture_output=True, text=True, check=False).stdout.strip()
+        except OSError:
+            return ""
+
+    if not (commit := git("rev-parse", "--short", "HEAD")):
+        return os.environ.get("FASTFFL_COMMIT", "")
+    return commit + ("+changes" if git("status", "--porcelain", "-uno", ":!bench/results") else "")
 
 
 def _cpuinfo() -> list[str]:

@@ -210,7 +210,8 @@ def guard(
     Loss, terms and norm of float64 go to the reference.
 
     The fp16 loss scale halves on a bad step, doubles after EVERY good ones and stays at least FLOOR; a halted run leaves it.
-    Where a step is not ok, `factor` is 0: who multiplies by it all the same leaves zeros as they are. ValueError says what was wrong with shapes, dtypes or devices.
+    Where a step is not ok, `factor` is 0: who multiplies by it all the same leaves zeros as they are. ValueError says what was
+    wrong with shapes, dtypes or devices.
     """
     if (grads is None) == (norm is None):
         raise ValueError(f"grads and norm are {'both None' if grads is None else 'both given'}; expected exactly one of them")
