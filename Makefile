@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# not compiled by pip: of torch's files a run imports a tenth, and Python keeps what it compiles
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: help demo test lint clean
 .DEFAULT_GOAL := help
@@ -19,13 +21,13 @@ $(BIN)/python:
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@echo "== installing fastffl and what it needs into $(VENV) (torch comes with CUDA: about 3 GB, once)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@$(BIN)/python $(INSTALL) --editable .
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed
-	@echo "== installing what the tests need into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	@touch $@
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	@echo "== installing fastffl, what it needs and what the tests need into $(VENV) (torch comes with CUDA: about 3 GB, once)"
+	@$(BIN)/python $(INSTALL) --editable '.[dev]'
+	@touch $(VENV)/.installed $@
 
 demo: $(VENV)/.installed
 	@echo "== training two different networks on 1,347 real handwritten digits, side by side (fastffl train digits)"
@@ -41,7 +43,7 @@ lint: $(VENV)/.installed-dev
 $(VENV)/triton-old/.installed: pyproject.toml | $(BIN)/python
 	@echo "== installing Triton 3.6 into $(VENV)/triton-old"
 	@$(PYTHON) -m venv $(VENV)/triton-old
-	@$(VENV)/triton-old/bin/python -m pip install --quiet --disable-pip-version-check 'triton==3.6.*' setuptools
+	@$(VENV)/triton-old/bin/python $(INSTALL) 'triton==3.6.*' setuptools
 	@touch $@
 
 # Three processes: interpreted kernels can't be compiled, and only a process started with TRITON_INTERPRET=1 interprets.
