@@ -36,7 +36,7 @@ def probability(p: float | None) -> str:
 
 def tested(found: Welch | None) -> str:
     """`+0.52 (p 0.031)`: the difference in points and Welch's p."""
-    return "-" if found is None else f"{found.diff:+.2f} (p {probability(found.p)})"
+    return "-" if found is None else f"{round(found.diff, 2) + 0.0:+.2f} (p {probability(found.p)})"  # + 0.0: no -0.00
 
 
 def count(value: float | None) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from fastffl.report import table
+from fastffl.report import text as words
+from fastffl.report.stats import Welch
 from fastffl.report.text import about, caution, comma_separated, latex, markdown, md, plain, summary, tex
 from tests.cli.conftest import command
 from tests.report import made
@@ -182,3 +184,8 @@ def test_wrong_words(words, said, tmp_path: Path) -> None:  # type: ignore[no-un
     got = command("report", str(tmp_path), *(w.replace("FILE", str(tmp_path / "file")) for w in words))
     assert got.code == 2 and said in got.err and got.err.count("error:") == 1
     assert command("report", str(tmp_path / "none")).code == 2
+
+
+def test_no_difference_has_no_sign_of_its_rounding() -> None:
+    assert words.tested(Welch(-1e-14, 0.0, 4.0, 1.0)) == words.tested(Welch(1e-14, 0.0, 4.0, 1.0)) == "+0.00 (p 1.000)"
+    assert words.tested(Welch(-0.006, None, None, None)) == "-0.01 (p -)"
