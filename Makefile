@@ -53,7 +53,7 @@ test: lint $(VENV)/triton-old/.installed
 	@echo "== kernels, compiled for sm_80, sm_90, sm_100 and sm_120 by the installed Triton, for sm_90 by Triton 3.6"
 	@FASTFFL_TRITON_OLD=$(abspath $(VENV)/triton-old/bin/python) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/compiles -n 2 -q
 	@echo "== everything else"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/compiles -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/compiles -n 2 --dist loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache

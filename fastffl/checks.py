@@ -134,7 +134,7 @@ def compiles(kind: type[Method]) -> None:
         want = made.eval()(*given)
     torch._dynamo.reset()
     try:
-        got = torch.compile(made, fullgraph=True, backend="aot_eager")(*given)
+        got = torch.compile(made, fullgraph=True, backend="eager")(*given)
     except Exception as error:  # dynamo raises many kinds, with pages of advice
         raise Wrong(f"torch.compile(fullgraph=True) fails: {str(error).strip().splitlines()[0][:200]}") from None
     same = torch.allclose(got.loss, want.loss, rtol=1e-4, atol=1e-5) and got.top1.tolist() == want.top1.tolist()

@@ -161,8 +161,11 @@ class Learner(nn.Module):
         if self.objectives:
             losses = methods.ask(self.method, "others", peers, y)
             self._gives("others", losses, tuple(o.name for o in self.objectives), (), "one number")
-        seen = peers if self.teacher is None else peers._replace(teacher=self.teacher(x))
-        votes = methods.ask(self.method, "nodes", seen)
+        x = x[:rows]
+        peers = self.cohort(x)  # of one view, as in evaluation
+        if self.teacher is not None:
+            peers = peers._replace(teacher=self.teacher(x))
+        votes = methods.ask(self.method, "nodes", peers)
         if not isinstance(votes, dict) or {n for n in graph.votes if n in graph.made} - {*votes}:
             raise UsageError(
                 f"method {self.method.name}: nodes() gives {_named(votes)} without labels, as evaluation asks for them; "

@@ -92,17 +92,17 @@ def test_a_killed_rank_is_named_and_the_run_ends(tmp_path: Path) -> None:
 def test_a_signal_is_saved_and_the_same_command_goes_on(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     whole.mkdir()
-    process = start(whole, "--epochs", "4", "--json")
+    process = start(whole, "--epochs", "3", "--json")
     out, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     cut = tmp_path / "cut"
     cut.mkdir()
-    process = start(cut, "--epochs", "4", "--json")
+    process = start(cut, "--epochs", "3", "--json")
     until(cut, 1, process)
     process.send_signal(signal.SIGTERM)  # torchrun passes it on
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0 and "SIGTERM: saved at epoch" in err, err
-    again = start(cut, "--epochs", "4", "--json")
+    again = start(cut, "--epochs", "3", "--json")
     resumed, err = again.communicate(timeout=180)
     assert again.returncode == 0 and "resumed at epoch" in err, err
     assert json.loads(resumed)["digest"] == json.loads(out)["digest"]
