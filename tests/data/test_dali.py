@@ -7,6 +7,8 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -426,6 +428,21 @@ def test_threads_end_with_their_owner() -> None:
     alive = threads._threads
     del threads
     assert not any(t.is_alive() for t in alive)
+
+
+def test_a_thread_that_waits_keeps_nothing_of_its_last_job() -> None:
+    class Held:
+        def __call__(self) -> None: ...
+
+    threads, held = dali._Threads(1), Held()
+    gone = weakref.ref(held)
+    threads.submit(held).result(60)
+    del held
+    end = time.monotonic() + 60
+    while gone() is not None and time.monotonic() < end:
+        time.sleep(0.01)  # between its result and its next wait
+    assert gone() is None
+    threads.close()
 
 
 def test_what_waits_is_cancelled_by_close() -> None:

@@ -229,3 +229,12 @@ def test_nets_that_do_not_fit_are_told() -> None:
         with pytest.raises(UsageError, match=said):
             Learner(nets, "ffsd", classes=5, size=8)  # type: ignore[arg-type]
     assert FFSD.arranged(("resnet8", "wrn16_2"))[0] == ("resnet8",) * 3
+
+
+def test_added_convolutions_are_drawn_as_the_code_draws_them() -> None:
+    """N(0, sqrt(2 / (k k C_out))), the depthwise one with C_out = all channels."""
+    method: Any = build().method
+    depthwise, _, _, pointwise, *_ = method.trans
+    for conv in (depthwise, pointwise, method.fuse.dw, method.fuse.pw):
+        want = (2 / (conv.weight.shape[2] ** 2 * conv.out_channels)) ** 0.5
+        assert float(conv.weight.detach().std()) == pytest.approx(want, rel=0.15)
