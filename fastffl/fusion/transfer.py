@@ -1,4 +1,5 @@
-"""Small convolutions that bring one net's map into another's space while training: adapters, transfer layers, translators."""
+"""What brings one net's map into another's space while training (adapters, transfer layers, translators), tells maps apart (the
+discriminator) or measures how far apart they are (attention, lengths)."""
 
 from typing import Any
 
@@ -50,7 +51,7 @@ def apart(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
 
 
 def flipped(f: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention turned over above its lowest third, (B, H W), and the map changed by as much, (B, D, H, W)."""
+    """Attention turned over above its lowest third, (B, H W), and the map changed by as much, (B, D, H, W). FFSD's code."""
     a = attention(f)
     size, seen = a.norm(dim=1, keepdim=True), F.normalize(a, dim=1)
     low = seen.topk(max(1, seen.shape[1] // 3), largest=False).values[:, -1:]

@@ -37,7 +37,7 @@ def shares(y: Tensor) -> Tensor:
 
 
 class Terms(NamedTuple):
-    """What `Method.extra` gives:  terms by name, () each, and what `after_step` wants of the batch, detached, (B, ...) each."""
+    """What `Method.extra` gives: terms by name, () each, and what `after_step` wants of the batch, detached, (B, ...) each."""
 
     values: dict[str, Tensor]
     kept: tuple[Tensor, ...] = ()
