@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 from torchvision.transforms.v2 import functional as F
 
 from fastffl.data import Place, portable
@@ -164,7 +167,9 @@ def started(manifest: Manifest, asked: list[Job], workers: int = 2) -> tuple[obj
 
 def test_an_iterator_closed_early_leaves_nothing(tmp_path: Path) -> None:
     manifest = scan(folder(tmp_path, {"a": 20, "b": 20}))
-    before, handler = children(), signal.getsignal(signal.SIGCHLD)
+    before = children()
+    mine = lambda number, frame: None  # noqa: E731
+    others = signal.signal(signal.SIGCHLD, mine)
     for take in (0, 1, 3):
         stream = Portable(manifest, Place(), 2).decode(jobs(40, 4))
         for _ in range(take):
@@ -175,11 +180,23 @@ def test_an_iterator_closed_early_leaves_nothing(tmp_path: Path) -> None:
     state = torch.get_rng_state()
     assert len(list(Portable(manifest, Place(), 2).decode(jobs(40, 4)))) == 10 and children() == before
     assert torch.equal(state, torch.get_rng_state()), "loading draws nothing from the run's generator"
-    assert signal.getsignal(signal.SIGCHLD) == handler
+    assert signal.signal(signal.SIGCHLD, others) is mine
+
+
+@pytest.fixture(params=["nobody's", "torch's"])
+def handler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The handler of SIGCHLD that stands before: torch's, where this process has iterated another loader with workers."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if request.param == "torch's":
+        monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+        assert len(list(DataLoader(range(2), num_workers=1))) == 2  # type: ignore[arg-type]
+        assert signal.getsignal(signal.SIGCHLD).__module__ == portable.TORCHS  # type: ignore[union-attr]
+    yield request.param
+    signal.signal(signal.SIGCHLD, before)
 
 
 @pytest.mark.timeout(60)
-def test_a_killed_worker_is_one_error_where_batches_are_taken(tmp_path: Path) -> None:
+def test_a_killed_worker_is_one_error_where_batches_are_taken(tmp_path: Path, handler: str) -> None:
     """And not a RuntimeError wherever the trainer happens to be, which torch's own handler of SIGCHLD would raise."""
     manifest = scan(folder(tmp_path, {"a": 40, "b": 40}))
     before = children()
