@@ -9,6 +9,7 @@ Decoding stays on the CPU where there is CUDA too. torchvision's nvJPEG decoder 
 pixels come out than of Pillow, and one bad file raises for the whole list without saying which; for the GPU there is DALI.
 """
 
+import atexit
 import math
 import multiprocessing
 import os
@@ -16,10 +17,11 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -211,6 +213,15 @@ def _begin(worker: int, at: Tensor) -> None:
     at[worker, 0] = os.getpid()
 
 
+_STREAMS: WeakSet[Generator[Decoded]] = WeakSet()
+
+
+@atexit.register  # after that of multiprocessing, so before it: it sends workers the SIGTERM that they ignore, and waits for ever
+def _close_streams() -> None:
+    for stream in list(_STREAMS):
+        stream.close()
+
+
 def _as_it_is(made: Any) -> Any:
     return made
 
@@ -229,6 +240,11 @@ class Portable:
         """Nothing is kept from one iterator to the next."""
 
     def decode(self, jobs: Sequence[Job]) -> Iterator[Decoded]:
+        stream = self._decode(jobs)
+        _STREAMS.add(stream)
+        return stream
+
+    def _decode(self, jobs: Sequence[Job]) -> Generator[Decoded]:
         device = self._place.device
         for x, bad in self._by_workers(jobs) if self._workers and jobs else (whole(self.manifest, job) for job in jobs):
             if device.type == "cuda":
