@@ -214,17 +214,19 @@ def _tex_table(shown: Shown, caption: str, bold: Sequence[int], notes: Sequence[
     for row in shown.rows:
         cells = [tex(c) if k < shown.right else _tex_cell(c, k in tops and mean(c) == tops[k]) for k, c in enumerate(row)]
         body.append(" & ".join(cells) + r" \\")
+    align = "l" * shown.right + "r" * (len(shown.columns) - shown.right)
     return [
         r"\begin{table}",
-        r"\centering\footnotesize",
-        rf"\caption{{{caption}}}",
-        rf"\begin{{tabular}}{{{'l' * shown.right}{'r' * (len(shown.columns) - shown.right)}}}",
+        r"\centering\footnotesize\setlength{\tabcolsep}{3pt}",
+        rf"\caption{{{caption}}}\par\smallskip",
+        # a usual table is 435 pt wide, the text of article 345
+        rf"\resizebox{{\ifdim\width>\linewidth\linewidth\else\width\fi}}{{!}}{{\begin{{tabular}}{{{align}}}",
         r"\toprule",
         " & ".join(map(tex, shown.columns)) + r" \\",
         r"\midrule",
         *body,
         r"\bottomrule",
-        r"\end{tabular}",
+        r"\end{tabular}}",
         *(rf"\par\smallskip{{\raggedright {tex(note)}.\par}}" for note in notes),
         r"\end{table}",
         "",
@@ -237,7 +239,7 @@ def latex(table: Table) -> str:
     caption = f"{what}: {tex(about(table))} {tex(caution(table))} Bold: best mean of a column. fastffl {tex(__version__)}."
     return "\n".join(
         [
-            "% needs \\usepackage{booktabs} and \\usepackage{textcomp}",
+            "% needs \\usepackage{booktabs,graphicx,textcomp}; letters of other scripts need lualatex and a font that has them",
             *_tex_table(shown, caption, means(table), table.warnings),
             *_tex_table(votes(table), f"{what}: every vote", (), ()),
         ]
