@@ -36,11 +36,11 @@ def need(holds: bool, text: str) -> None:
         raise Wrong(text)
 
 
-def learner(kind: type[Method], peers: int = 3) -> Learner:
-    """A small learner of a method at its own defaults, on grey images of 8 pixels."""
+def learner(kind: type[Method], peers: int = 3, **settings: Any) -> Learner:
+    """A small learner of a method, at its own defaults but for `settings`, on grey images of 8 pixels."""
     torch.manual_seed(0)
     count = min(max(peers, kind.min_peers), kind.max_peers or 99)
-    config: Any = kind.Config(name=kind.name)
+    config: Any = kind.Config(name=kind.name, **settings)
     made = Learner([NET] * count, config, classes=CLASSES, size=SIZE, channels=1, samples=ROWS)
     made.prepare(torch.arange(ROWS) % CLASSES)
     return made

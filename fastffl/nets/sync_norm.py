@@ -28,7 +28,7 @@ def normalised(bn: Any, x: Tensor) -> Tensor:
     variances within ranks and that between them). Running statistics follow as in torch, with the unbiased variance."""
     if not bn.training:
         return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
-    wide = x.float()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     over = [k for k in range(x.ndim) if k != 1]
     shape = [1, -1] + [1] * (x.ndim - 2)
     n = wide.new_full((1,), float(x.numel() // x.shape[1]))

@@ -76,14 +76,19 @@ def _source(options: dict[str, Any], rank: int, size: int) -> Any:
     return Resident(tiny.arrays(options.get("samples", tiny.SAMPLES)), cfg, Place(rank=rank, ranks=size))
 
 
-def one(rank: int, size: int, port: int, folder: str, options: dict[str, Any]) -> None:
-    """One rank: trains, writes rank-N.json, ends with the exit code that the command line would give."""
+def begin(rank: int, size: int, port: int, folder: str) -> None:
+    """This process is rank `rank`, and what it writes goes to rank-N.err."""
     out = os.open(f"{folder}/rank-{rank}.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1), os.dup2(out, 2)
     torch.set_num_threads(1)
     if size > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def one(rank: int, size: int, port: int, folder: str, options: dict[str, Any]) -> None:
+    """One rank: trains, writes rank-N.json, ends with the exit code that the command line would give."""
+    begin(rank, size, port, folder)
     if options.get("flat"):  # as on a GPU: gradients come from DDP's buckets into the flat buffer
         optim.build = partial(optim.build, flat=True)
     recipe = tiny.recipe(run__watch=LIMIT, **options.get("recipe", {}))
@@ -155,4 +160,4 @@ def run(folder: Path, size: int, limit: float = 60.0, target: Any = one, **optio
     return Ended(codes, folder, seconds)
 
 
-__all__ = ["LIMIT", "Ended", "Ranks", "free_port", "one", "run"]
+__all__ = ["LIMIT", "Ended", "Ranks", "begin", "free_port", "one", "run"]
