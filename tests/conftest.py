@@ -23,7 +23,13 @@ LONG = (
         "train/test_signals.py",
         "train/test_ranks.py",
     ),
-    *("cli/test_folders_end_to_end.py", "cli/test_bench_train.py", "methods/test_every_method.py", "nets/test_every_net.py"),
+    *(
+        "cli/test_folders_end_to_end.py",
+        "cli/test_bench_train.py",
+        "methods/test_every_method.py",
+        "methods/test_on_ranks.py",
+        "nets/test_every_net.py",
+    ),
     *("data/test_check.py", "data/test_prepare.py", "data/test_mutants.py", "data/test_dali.py", "train/test_graph.py"),
 )
 

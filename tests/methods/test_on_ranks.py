@@ -1,4 +1,4 @@
-"""Every method trains on two ranks what it trains in one process: sums, counters, memories and teachers included."""
+"""Every method trains on two ranks, or in two accumulated parts, what it trains at once: sums, counters, memories, teachers."""
 
 from pathlib import Path
 from typing import Any
@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastffl import checks, methods
 from fastffl.nets.sync_norm import sync_norms
 from fastffl.recipe import Data, Nets, Optim, Recipe
-from fastffl.train import joined
+from fastffl.train import Ranks, joined
 from fastffl.train.optim import build
 from fastffl.train.step import Step
 from fastffl.values import UNLABELLED
@@ -29,15 +30,21 @@ def given(x: Tensor, y: Tensor, ids: Tensor | None, views: int, rank: int, size:
     return (torch.cat(shares), y[mine]) if ids is None else (torch.cat(shares), y[mine], ids[mine])
 
 
-def trained(name: str, ranks: Any) -> dict[str, Any]:
-    """All that three steps leave in a small learner in float64, by name. Images without a label lie on the first rank."""
+def trained(name: str, ranks: Ranks, parts: int = 0) -> dict[str, Any]:
+    """All that three steps leave in a small learner in float64, by name. Images without a label lie on the first rank.
+
+    parts   accumulated ones of each step, with batch norms that take their running statistics; 0: one, with the usual norms
+    """
     made = checks.learner(methods.load(name), **CHANGED.get(name, {})).double()
     for memory in made.method._buffers.values():  # those of the method itself have their own type
         if memory is not None and memory.is_floating_point():
             memory.data = memory.float()
+    for norm in made.modules() if parts else ():
+        if isinstance(norm, _BatchNorm):
+            norm.eval()
     config: Any = made.config
     data, nets = Data(name="custom", batch_size=checks.ROWS), Nets(names=made.cohort.names)
-    recipe = Recipe(name="ranks", data=data, nets=nets, method=config, optim=Optim(lr=0.05))
+    recipe = Recipe(name="ranks", data=data, nets=nets, method=config, optim=Optim(lr=0.05, accum=parts or 1))
     if ranks.size > 1:
         sync_norms(made, cuda=False)
     step = Step(made, build(made, recipe.optim), recipe, torch.device("cpu"), ranks)
@@ -73,13 +80,21 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, dict[
     return made
 
 
+def same(name: str, two: dict[str, Tensor], one: dict[str, Tensor]) -> None:
+    """The share of a batch that a rank or part has is a float32 number, 6e-8 of it off."""
+    assert one.keys() == two.keys()
+    for k, v in one.items():
+        if (name, k) not in OTHER:
+            torch.testing.assert_close(two[k], v, rtol=1e-6, atol=1e-7, msg=lambda text, k=k: f"{k}: {text}")
+    assert any(v.is_floating_point() and not torch.equal(v, two[k]) for k, v in one.items()), "two sum in another order than one"
+
+
 @pytest.mark.parametrize("name", methods.names())
 def test_two_ranks_are_one_process(name: str, found: dict[int, dict[str, dict[str, Tensor]]]) -> None:
-    alone, two = (found[size][name] for size in SIZES)
-    assert alone.keys() == two.keys()
-    # a rank's share of a batch is a float32 number, 6e-8 of it off
-    for k, v in alone.items():
-        if (name, k) in OTHER:
-            continue
-        torch.testing.assert_close(two[k], v, rtol=1e-6, atol=1e-7, msg=lambda text, k=k: f"{k}: {text}")
-    assert any(v.is_floating_point() and not torch.equal(v, two[k]) for k, v in alone.items()), "two ranks sum in another order"
+    same(name, found[2][name], found[1][name])
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_two_accumulated_parts_are_one(name: str) -> None:
+    """With batch norms of fixed statistics: those of a batch are of each part's own images."""
+    same(name, trained(name, Ranks(), parts=2), trained(name, Ranks(), parts=1))
