@@ -1,6 +1,8 @@
 """Pictures of every kind, good and bad, and folders of them."""
 
 import struct
+import subprocess
+import sys
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -131,3 +133,21 @@ BAD: dict[str, Callable[[], bytes]] = {
     "float.tif": lambda: encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"),
     "deep.tif": lambda: encoded(Image.fromarray(np.full((4, 4), 2**20, np.int32)), "TIFF"),
 }
+
+
+HOLDS = """
+import sys
+sys.path[:0] = {paths!r}
+from fastffl.data import source
+held = source({root!r}, size=16, loader={loader!r}, workers=1).train(2, 0, 0)
+next(held)
+print("end")
+"""
+
+
+def process_that_holds(root: Path, loader: str) -> tuple[int, str, str]:
+    """Exit code and words of a Python that ends while it holds an iterator of the images in `root`."""
+    here = Path(__file__).resolve().parents[1]
+    script = HOLDS.format(paths=[str(here), str(here / "kernels")], root=str(root), loader=loader)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    return done.returncode, done.stdout, done.stderr

@@ -8,7 +8,7 @@ images one by one, and what DALI can't read, Pillow tries.
 import atexit
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, TimeoutError, wait
 from contextlib import suppress
 from functools import cache, partial
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from .dali_graph import amount, graph
-from .decoder import Decoded, Job
+from .decoder import Decoded, Job, close_streams, closed_at_exit
 from .headers import header
 from .manifest import Manifest
 from .portable import STALL, fetch, seen, shown, why
@@ -134,6 +134,9 @@ class _Threads:
 def _end_threads() -> None:
     for threads in list(_Threads.live):
         threads.close()
+
+
+atexit.register(close_streams)  # before them: an iterator waits for its pipeline
 
 
 def _chunks(n: int) -> list[range]:
@@ -321,6 +324,9 @@ class Dali:
 
     def decode(self, jobs: Sequence[Job]) -> Iterator[Decoded]:
         """One Decoded per job, in order. DataError where files can't be read for minutes, or where DALI fails on good images."""
+        return closed_at_exit(self._decode(jobs))
+
+    def _decode(self, jobs: Sequence[Job]) -> Generator[Decoded]:
         left = iter(jobs)
         reading: deque[_Reading] = deque()
         pipe = self._free(max((len(job.ids) for job in jobs), default=1), max(map(_changes, jobs), default=0))

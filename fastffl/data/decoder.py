@@ -1,7 +1,8 @@
 """What stands between a Source of image files and the libraries that decode them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple, Protocol
+from weakref import WeakSet
 
 from torch import Tensor
 
@@ -33,3 +34,18 @@ class Decoder(Protocol):
     def decode(self, jobs: Sequence[Job]) -> Iterator[Decoded]: ...
 
     def close(self) -> None: ...
+
+
+_STREAMS: WeakSet[Generator[Decoded]] = WeakSet()
+
+
+def closed_at_exit(stream: Generator[Decoded]) -> Iterator[Decoded]:
+    """The iterator, which `close_streams` closes if somebody still holds it then."""
+    _STREAMS.add(stream)
+    return stream
+
+
+def close_streams() -> None:
+    """To be registered with atexit by whoever makes iterators, once all is imported whose own end must come after theirs."""
+    for stream in list(_STREAMS):
+        stream.close()

@@ -21,7 +21,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..errors import DataError
-from .decoder import Decoded, Job
+from .decoder import Decoded, Job, close_streams, closed_at_exit
 from .manifest import Manifest
 from .source import Place
 from .views import View
@@ -213,13 +212,8 @@ def _begin(worker: int, at: Tensor) -> None:
     at[worker, 0] = os.getpid()
 
 
-_STREAMS: WeakSet[Generator[Decoded]] = WeakSet()
-
-
-@atexit.register  # after that of multiprocessing, so before it: it sends workers the SIGTERM that they ignore, and waits for ever
-def _close_streams() -> None:
-    for stream in list(_STREAMS):
-        stream.close()
+# after multiprocessing's, so before it: that sends workers the SIGTERM which they leave to the trainer, and waits for ever
+atexit.register(close_streams)
 
 
 def _as_it_is(made: Any) -> Any:
@@ -240,9 +234,7 @@ class Portable:
         """Nothing is kept from one iterator to the next."""
 
     def decode(self, jobs: Sequence[Job]) -> Iterator[Decoded]:
-        stream = self._decode(jobs)
-        _STREAMS.add(stream)
-        return stream
+        return closed_at_exit(self._decode(jobs))
 
     def _decode(self, jobs: Sequence[Job]) -> Generator[Decoded]:
         device = self._place.device

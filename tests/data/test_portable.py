@@ -3,8 +3,6 @@
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +23,7 @@ from fastffl.data.portable import Portable, decode, one, show, whole
 from fastffl.data.views import Change, Evaluation, Training, View
 from fastffl.errors import DataError
 from fastffl.recipe import Data
-from tests.pictures import BAD, GOOD, deep_grey, encoded, folder, open_folder, photographs, picture
+from tests.pictures import BAD, GOOD, deep_grey, encoded, folder, open_folder, photographs, picture, process_that_holds
 
 CFG = Data(name="folder")
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
@@ -185,29 +183,9 @@ def test_an_iterator_closed_early_leaves_nothing(tmp_path: Path) -> None:
     assert signal.signal(signal.SIGCHLD, others) is mine
 
 
-HOLDS = """
-import sys
-sys.path[:0] = {paths!r}
-from pathlib import Path
-from fastffl.data import Place
-from fastffl.data.decoder import Job
-from fastffl.data.manifest import scan
-from fastffl.data.portable import Portable
-from fastffl.data.views import Training
-from fastffl.recipe import Data
-job = Job((0, 1), Training(Data(name="folder"), 16, 3, 0))
-stream = Portable(scan(Path({root!r})), Place(), 1).decode([job] * 20)
-next(stream)
-print("end")
-"""
-
-
 def test_a_process_that_holds_an_iterator_ends(tmp_path: Path) -> None:
     """As one does whose error's traceback is kept: its workers leave SIGTERM to the trainer, and Python would wait for them."""
-    here = Path(__file__).resolve().parents[2]
-    run = HOLDS.format(paths=[str(here), str(here / "kernels")], root=str(folder(tmp_path, {"a": 4, "b": 4})))
-    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+    assert process_that_holds(folder(tmp_path, {"a": 4, "b": 4}), "torchvision") == (0, "end\n", "")
 
 
 @pytest.fixture(params=["nobody's", "torch's"])
