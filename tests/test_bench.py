@@ -293,7 +293,7 @@ def good(): return {{"ok": True}}
 def dies(): os._exit(9)
 def hangs(): time.sleep(99)
 checks = {{"good": good, "bare": bare, "dies": dies, "lost": lost, "hangs": hangs, "last": good}}
-sys.exit(checkrows.run(checks, sys.argv[4], Path(sys.argv[2]), "fake:", "smoke", limit=1))
+sys.exit(checkrows.run(checks, sys.argv[4], Path(sys.argv[2]), "fake:", "smoke", limit=3))
 """
 
 
