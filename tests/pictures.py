@@ -136,18 +136,19 @@ BAD: dict[str, Callable[[], bytes]] = {
 
 
 HOLDS = """
-import sys
+import sys, time
 sys.path[:0] = {paths!r}
 from fastffl.data import source
-held = source({root!r}, size=16, loader={loader!r}, workers=1).train(2, 0, 0)
-next(held)
-print("end")
+held = [source({root!r}, size=16, loader=loader, workers=1).train(2, 0, 0) for loader in {loaders!r}]
+for _ in range(2):  # the second one finds files that were read meanwhile, and begins what comes after it
+    print([len(next(batches).y) for batches in held])
+    time.sleep(0.3)
 """
 
 
-def process_that_holds(root: Path, loader: str) -> tuple[int, str, str]:
-    """Exit code and words of a Python that ends while it holds an iterator of the images in `root`."""
+def process_that_holds(root: Path, loaders: list[str]) -> tuple[int, str, str]:
+    """Exit code and words of a Python that ends while it holds an iterator of the images in `root`, by each loader."""
     here = Path(__file__).resolve().parents[1]
-    script = HOLDS.format(paths=[str(here), str(here / "kernels")], root=str(root), loader=loader)
+    script = HOLDS.format(paths=[str(here), str(here / "kernels")], root=str(root), loaders=loaders)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     return done.returncode, done.stdout, done.stderr

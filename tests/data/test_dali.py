@@ -31,7 +31,6 @@ from fastffl.data.rand_augment import OPS
 from fastffl.data.views import Change, Evaluation, Training, View
 from fastffl.errors import DataError
 from fastffl.recipe import Data
-from tests.pictures import folder, process_that_holds
 
 pytest.importorskip("nvidia.dali")
 from fastffl.data import dali
@@ -478,11 +477,6 @@ def test_a_process_ends_in_order_while_threads_are_in_torch() -> None:
     run = [sys.executable, "-c", ENDS.format(paths=[str(here), str(here / "kernels")])]
     done = subprocess.run(run, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
-
-
-def test_a_process_that_holds_an_iterator_ends(tmp_path: Path) -> None:
-    """Its last batches are waited for before DALI ends the pipelines."""
-    assert process_that_holds(folder(tmp_path, {"a": 20, "b": 20}), "dali") == (0, "end\n", "")
 
 
 # ---- what is wrong

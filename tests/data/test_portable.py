@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as F
 
 from fastffl.data import Place, portable
 from fastffl.data.decoder import Decoded, Job
+from fastffl.data.folder import has_dali
 from fastffl.data.manifest import Manifest, scan
 from fastffl.data.portable import Portable, decode, one, show, whole
 from fastffl.data.views import Change, Evaluation, Training, View
@@ -183,9 +184,12 @@ def test_an_iterator_closed_early_leaves_nothing(tmp_path: Path) -> None:
     assert signal.signal(signal.SIGCHLD, others) is mine
 
 
-def test_a_process_that_holds_an_iterator_ends(tmp_path: Path) -> None:
-    """As one does whose error's traceback is kept: its workers leave SIGTERM to the trainer, and Python would wait for them."""
-    assert process_that_holds(folder(tmp_path, {"a": 4, "b": 4}), "torchvision") == (0, "end\n", "")
+def test_a_process_that_holds_iterators_ends(tmp_path: Path) -> None:
+    """As one does whose error's traceback is kept. Workers leave SIGTERM to the trainer, and Python would wait for them for ever;
+    DALI would have ended its pipelines before their last batches are waited for."""
+    loaders = ["torchvision", *(["dali"] if has_dali() else [])]
+    said = f"{[2] * len(loaders)}\n"
+    assert process_that_holds(folder(tmp_path, {"a": 20, "b": 20}), loaders) == (0, said + said, "")
 
 
 @pytest.fixture(params=["nobody's", "torch's"])
