@@ -47,13 +47,14 @@ $(VENV)/triton-old/.installed: pyproject.toml | $(BIN)/python
 	@touch $@
 
 # Three processes: interpreted kernels can't be compiled, and only a process started with TRITON_INTERPRET=1 interprets.
+# The last has three workers, for two cores: a fifth of the time its tests wait for what they started.
 test: lint $(VENV)/triton-old/.installed
 	@echo "== kernels, interpreted on the CPU against float64"
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interp -n 2 -q
 	@echo "== kernels, compiled for sm_80, sm_90, sm_100 and sm_120 by the installed Triton, for sm_90 by Triton 3.6"
 	@FASTFFL_TRITON_OLD=$(abspath $(VENV)/triton-old/bin/python) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/compiles -n 2 -q
 	@echo "== everything else"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/compiles -n 2 --dist loadfile --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/compiles -n 3 --dist loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache
