@@ -47,7 +47,7 @@ $(VENV)/triton-old/.installed: pyproject.toml | $(BIN)/python
 	@touch $@
 
 # Three processes: interpreted kernels can't be compiled, and only a process started with TRITON_INTERPRET=1 interprets.
-# The last has three workers, for two cores: a fifth of the time its tests wait for what they started.
+# The last has three workers, for two cores: its tests often wait for what they started.
 test: lint $(VENV)/triton-old/.installed
 	@echo "== kernels, interpreted on the CPU against float64"
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interp -n 2 -q

@@ -14,24 +14,24 @@ import torch
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interp"]
 
 # Files of whole minutes. They go first, with `--no-loadscope-reorder`: what is left at the end is small, and no worker waits.
-LONG = (
-    *(
-        "test_bench.py",
-        "cli/test_torchrun.py",
-        "test_slurm.py",
-        "cli/test_sweep.py",
-        "train/test_signals.py",
-        "train/test_ranks.py",
-    ),
-    *(
-        "cli/test_folders_end_to_end.py",
-        "cli/test_bench_train.py",
-        "methods/test_every_method.py",
-        "methods/test_on_ranks.py",
-        "nets/test_every_net.py",
-    ),
-    *("data/test_check.py", "data/test_prepare.py", "data/test_mutants.py", "data/test_dali.py", "train/test_graph.py"),
-)
+LONG = [
+    "test_bench.py",
+    "cli/test_torchrun.py",
+    "test_slurm.py",
+    "cli/test_sweep.py",
+    "train/test_signals.py",
+    "train/test_ranks.py",
+    "cli/test_folders_end_to_end.py",
+    "cli/test_bench_train.py",
+    "methods/test_every_method.py",
+    "methods/test_on_ranks.py",
+    "nets/test_every_net.py",
+    "data/test_check.py",
+    "data/test_prepare.py",
+    "data/test_mutants.py",
+    "data/test_dali.py",
+    "train/test_graph.py",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -327,6 +327,19 @@ def test_no_fault_hides_the_checks_after_it(tmp_path: Path, monkeypatch: pytest.
     assert asked == ["new,bare", "bare"]
 
 
+def test_the_limit_of_a_check_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that a disk writes late is not a check that hangs."""
+    seen: list[str] = []
+    for module, name in (
+        (checkrows.faulthandler, "dump_traceback_later"),
+        (checkrows.faulthandler, "cancel_dump_traceback_later"),
+        (checkrows.timing, "write"),
+    ):
+        monkeypatch.setattr(module, name, lambda *_, name=name, **__: seen.append(name))
+    assert checkrows.run({"a": lambda: {"ok": True}}, "a", tmp_path / "x.jsonl", "one:", "smoke", limit=9) == 0
+    assert seen == ["dump_traceback_later", "cancel_dump_traceback_later", "write"]
+
+
 def test_checks_end_when_their_time_is_over(tmp_path: Path) -> None:
     def slow() -> dict[str, Any]:
         time.sleep(0.2)

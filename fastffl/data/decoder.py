@@ -1,5 +1,6 @@
 """What stands between a Source of image files and the libraries that decode them."""
 
+import os
 from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple, Protocol
 from weakref import WeakSet
@@ -37,6 +38,7 @@ class Decoder(Protocol):
 
 
 _STREAMS: WeakSet[Generator[Decoded]] = WeakSet()
+os.register_at_fork(after_in_child=_STREAMS.clear)  # they and their workers are the parent's, who goes on
 
 
 def closed_at_exit(stream: Generator[Decoded]) -> Iterator[Decoded]:

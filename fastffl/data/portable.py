@@ -42,7 +42,7 @@ PAUSES = (0.1, 0.5, 2.0)  # seconds before files are read again that could not b
 FOR_GOOD = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 POLL = 2.0  # seconds between two looks at whether the workers live
 AHEAD = 2  # batches that every worker works ahead
-TORCHS = "torch.utils.data._utils.signal_handling"  # the module of torch's handler of SIGCHLD
+TORCH_SIGNALS = "torch.utils.data._utils.signal_handling"  # the module of torch's handler of SIGCHLD
 STALL = 120.0  # seconds without a batch after which the workers are taken to hang
 
 
@@ -264,7 +264,7 @@ class Portable:
         if threading.current_thread() is threading.main_thread() and before is not None:
             # torch's raises wherever the trainer is when a worker dies; we look every POLL. It may also stand from before, put
             # there by another's loader in this process, which looks every 5 s by itself
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL if getattr(before, "__module__", "") == TORCHS else before)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if getattr(before, "__module__", "") == TORCH_SIGNALS else before)
         waited, k = 0.0, 0
         try:
             while True:

@@ -17,7 +17,7 @@ from torch.utils.data._utils import signal_handling
 from torchvision.transforms.v2 import functional as F
 
 from fastffl.data import Place, portable
-from fastffl.data.decoder import Decoded, Job
+from fastffl.data.decoder import Decoded, Job, close_streams
 from fastffl.data.folder import has_dali
 from fastffl.data.manifest import Manifest, scan
 from fastffl.data.portable import Portable, decode, one, show, whole
@@ -192,6 +192,17 @@ def test_a_process_that_holds_iterators_ends(tmp_path: Path) -> None:
     assert process_that_holds(folder(tmp_path, {"a": 20, "b": 20}), loaders) == (0, said + said, "")
 
 
+def test_a_forked_child_that_ends_closes_nothing_of_its_parents(tmp_path: Path) -> None:
+    stream, _ = started(scan(folder(tmp_path, {"a": 20, "b": 20})), jobs(40, 4))
+    if (child := os.fork()) == 0:
+        try:
+            close_streams()  # as at its exit
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert len(list(stream)) == 9  # type: ignore[call-overload]
+
+
 @pytest.fixture(params=["nobody's", "torch's"])
 def handler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The handler of SIGCHLD that stands before: torch's, where this process has iterated another loader with workers."""
@@ -199,7 +210,7 @@ def handler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "torch's":
         monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
         assert len(list(DataLoader(range(2), num_workers=1))) == 2  # type: ignore[arg-type]
-        assert signal.getsignal(signal.SIGCHLD).__module__ == portable.TORCHS  # type: ignore[union-attr]
+        assert signal.getsignal(signal.SIGCHLD).__module__ == portable.TORCH_SIGNALS  # type: ignore[union-attr]
     yield request.param
     signal.signal(signal.SIGCHLD, before)
 
